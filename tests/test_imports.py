@@ -16,6 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "aquabit"
 SUBJECTS = {"scheme_kinds", "activation_bits", "protocol", "quant_config", "budget"}  # of what scheme exports
 VALUES = {
     *SUBJECTS,
+    "scheme_record",
+    "deployed_kinds",
     "errors",
     "files",
     "jsonio",
@@ -39,7 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "maximum_entropy": set(),
     "jsonio": {"errors", "files"},
     "progress": set(),
-    "scheme_kinds": {"errors"},
+    "scheme_record": set(),
+    "deployed_kinds": {"scheme_record"},
+    "scheme_kinds": {"errors", "scheme_record", "deployed_kinds"},
     "activation_bits": {"errors"},
     "budget": {"errors"},
     "inputs": {"errors"},

@@ -13,19 +13,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import ceil, prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aquabit.kernels.codebook import CodebookWeight, ceil_divide, pack
+from aquabit.kernels.codebook import CodebookWeight, Scale, ceil_divide, pack
+from aquabit.kernels.fixed_levels import table
 from aquabit.kernels.registry import numbered
 from aquabit.scheme import AquabitError
 
 FUSED = {1: 8, 2: 4, 3: 2, 4: 2}  # scalar codes that one lookup takes, by their bits
 NIBBLE = 4  # bits of a lookup of which two share a byte
 HELD = ("codes", "tables", "scale", "offset")
-STORED = ("stored_codebooks", "stored_scale", "stored_offset")
+STORED = "stored_"  # before the names of tensors that are kept as they are stored
 
 
 class Segment(NamedTuple):
@@ -39,15 +40,16 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Arranged:
-    """``codes`` uint8 [out, bytes]; ``tables`` float32 [C, M, K, g] as stored, C = 1 or out, None for
-    uniform codes {0 .. 2^bits - 1}; ``scale`` float32 [out, n] (ones where none is stored), ``offset``
-    [out, n] or None; ``stored`` are the float16 codebooks, scale and offset that they came from."""
+    """``codes`` uint8 [out, bytes]; ``tables`` float32 [C, M, K, g], C = 1 or out, None for uniform codes
+    {0 .. 2^bits - 1}; ``scale`` float32 [out, n] (ones where none is stored), ``offset`` [out, n] or None.
+    Signed codes are uniform ones with an offset. ``stored`` is the weight that they came from, whose codes
+    are empty (one zero for all)."""
 
     codes: Tensor
     tables: Tensor | None
     scale: Tensor
     offset: Tensor | None
-    stored: tuple[Tensor | None, Tensor | None, Tensor | None]
+    stored: CodebookWeight
     shape: tuple[int, ...]
     bits: int
     codebooks: int  # M
@@ -89,7 +91,7 @@ class Arranged:
     @property
     def scalar(self) -> bool:
         """Whether codes stand for single weights."""
-        return self.group == 1 and self.codebooks == 1 and self.order == "inputs"
+        return self.group == 1 and self.codebooks == 1 and self.order != "kernel"
 
     def lookups(self, segment: Segment) -> int:
         return ceil(segment.inputs / self.channels) * self.codebooks
@@ -99,15 +101,18 @@ class Arranged:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        stored = zip(STORED, self.stored, strict=True)
-        named = {name: getattr(self, name) for name in HELD} | dict(stored)
+        kept = {f"{STORED}{name}": t for name, t in self.stored.tensors().items() if name != "codes"}
+        named = {name: getattr(self, name) for name in HELD} | kept
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Arranged:
         """The same weight with other tensors of the same content, by ``tensors``'s names."""
         own: dict[str, Any] = {name: tensors.get(name) for name in HELD}
-        codebooks, scale, offset = (tensors.get(name) for name in STORED)
-        return replace(self, stored=(codebooks, scale, offset), **own)
+        kept = {n.removeprefix(STORED): t for n, t in tensors.items() if n.startswith(STORED)}
+        codes = self.stored.packed
+        if codes.device != own["codes"].device:
+            codes = _no_codes(len(codes), own["codes"].device)
+        return replace(self, stored=self.stored.holding({**kept, "codes": codes}), **own)
 
     @property
     def held_codes(self) -> Tensor:
@@ -137,15 +142,19 @@ class Arranged:
     def to(self, device: torch.device | str) -> Arranged:
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
-        moved["stored"] = tuple(None if t is None else t.to(device) for t in self.stored)
+        kept = {name: t.to(device) for name, t in self.stored.tensors().items() if name != "codes"}
+        codes = _no_codes(len(self.stored.packed), device)
+        moved["stored"] = self.stored.holding({**kept, "codes": codes})
         return Arranged(**moved)
 
     def restore(self) -> CodebookWeight:
         """The weight that was arranged, to the bit."""
         codes = _unlaid(self).permute(1, 2, 0)  # [groups, M, out]
-        tables, scale, offset = self.stored
-        order: Literal["inputs", "kernel"] = "kernel" if self.order == "kernel" else "inputs"
-        return CodebookWeight(pack(codes, self.bits), tables, scale, offset, self.shape, self.bits, order)
+        return replace(self.stored, packed=pack(codes, self.bits))
+
+    def dequantize(self) -> Tensor:
+        """The weight in its original shape, float32."""
+        return self.stored.dequantize(_unlaid(self).permute(1, 2, 0))
 
 
 def arranges(weight: CodebookWeight) -> str | None:
@@ -172,19 +181,14 @@ def arrange(weight: CodebookWeight) -> Arranged:
     why = arranges(weight)
     if why:
         raise AquabitError(f"a weight {list(weight.shape)} cannot be arranged for the native kernels: {why}")
-    single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
-    out, count = weight.shape[0], max(_columns(weight.scale), _columns(weight.offset))
-    scale = _spread(
-        torch.ones(out, device=weight.packed.device) if weight.scale is None else weight.scale, out, count
-    )
-    offset = None if weight.offset is None else _spread(weight.offset, out, count)
-    tables = None if weight.codebooks is None else weight.codebooks.float().contiguous()
+    single = weight.group == 1 and weight.codebook_count == 1 and weight.order != "kernel"
+    tables, scale, offset = numbers(weight)
     empty = Arranged(
         weight.packed,
         tables,
         scale,
         offset,
-        (weight.codebooks, weight.scale, weight.offset),
+        replace(weight, packed=_no_codes(len(weight.packed), weight.packed.device)),
         tuple(weight.shape),
         weight.bits,
         weight.codebook_count,
@@ -196,14 +200,39 @@ def arrange(weight: CodebookWeight) -> Arranged:
     return replace(empty, codes=_laid(empty, weight.codes.to(torch.uint8).permute(2, 0, 1)))
 
 
-def _columns(factor: Tensor | None) -> int:
+def _no_codes(size: int, device: torch.device | str) -> Tensor:
+    """In the place of packed codes that are held elsewhere."""
+    return torch.zeros((), dtype=torch.uint8, device=device).expand(size)
+
+
+def numbers(weight: CodebookWeight) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Tables, scale and offset of ``Arranged``."""
+    out, count = weight.shape[0], max(_columns(weight.scale), _columns(weight.offset))
+    ones = torch.ones(out, device=weight.packed.device)
+    scale = _spread(ones if weight.scale is None else weight.scale, out, count)
+    offset = None if weight.offset is None else _spread(weight.offset, out, count)
+    if weight.levels == "signed":
+        below = -(1 << (weight.bits - 1)) * scale
+        offset = below if offset is None else offset + below
+    return _tables(weight), scale, offset
+
+
+def _tables(weight: CodebookWeight) -> Tensor | None:
+    """Codebooks as float32, or what codes stand for by definition; None for whole numbers."""
+    if weight.codebooks is not None:
+        return weight.codebooks.float().contiguous()
+    values = table(weight.levels)
+    return None if values is None else values.to(weight.packed.device)[None, None, :, None].clone()
+
+
+def _columns(factor: Scale | None) -> int:
     return 1 if factor is None or factor.ndim == 1 else factor.shape[1]
 
 
-def _spread(factor: Tensor, out: int, count: int) -> Tensor:
-    """[out] or [out, 1 or count] as float32 [out, count]: kernels read scale and offset of a segment at
+def _spread(factor: Scale, out: int, count: int) -> Tensor:
+    """[out], [1] or [out, 1 or count] as float32 [out, count]: kernels read scale and offset of a segment at
     the same place."""
-    return factor.float().reshape(out, -1).expand(out, count).contiguous()
+    return factor.float().reshape(factor.shape[0], -1).expand(out, count).contiguous()
 
 
 def _segments(weight: CodebookWeight) -> tuple[Segment, ...]:
@@ -213,6 +242,15 @@ def _segments(weight: CodebookWeight) -> tuple[Segment, ...]:
         return (Segment(0, 0, channels, 0),)
     size = ceil_divide(channels * area, count)
     found = []
+    if weight.order == "flat":
+        for tap in range(area):
+            at = 0
+            while at < channels:  # to the first channel of the next group of scales
+                group = (at * area + tap) // size
+                end = min(channels, ceil_divide((group + 1) * size - tap, area))
+                found.append(Segment(tap, at, end - at, group))
+                at = end
+        return tuple(found)
     for tap in range(area):
         at = tap * channels
         while at < (tap + 1) * channels:
@@ -226,6 +264,10 @@ def _places(arranged: Arranged, segment: Segment) -> slice:
     """The groups of a segment among the groups of a row, as they are stored."""
     if arranged.order == "kernel":
         return slice(0, segment.inputs)
+    if arranged.order == "flat":
+        area = prod(arranged.shape[2:])
+        first = segment.start * area + segment.tap
+        return slice(first, first + (segment.inputs - 1) * area + 1, area)
     first = (segment.tap * arranged.shape[1] + segment.start) // arranged.group
     return slice(first, first + segment.inputs // arranged.group)
 
@@ -271,4 +313,9 @@ def _unlaid(arranged: Arranged) -> Tensor:
                 :, : segment.inputs
             ]
         parts.append(run.reshape(out, -1, arranged.codebooks))
-    return torch.cat(parts, 1)
+    if arranged.order != "flat":
+        return torch.cat(parts, 1)
+    codes = torch.empty(out, prod(arranged.shape[1:]), 1, dtype=torch.uint8, device=arranged.codes.device)
+    for segment, run in zip(arranged.segments, parts, strict=True):
+        codes[:, _places(arranged, segment)] = run
+    return codes

@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from math import ceil, gcd, prod
+from dataclasses import dataclass, fields, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from aquabit.kernels.coded_scale import CodedScale
+from aquabit.kernels.fixed_levels import check_levels, level_values
+from aquabit.kernels.packing import pack as pack
+from aquabit.kernels.packing import unpack as unpack
 from aquabit.scheme import AquabitError
+from aquabit.scheme_record import Layout, Levels
 
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Integer codes of any shape, each below 2^bits, as a little-endian bit stream: uint8 [ceil(n * bits /
-    8)]."""
-    flat = codes.reshape(-1).to(torch.int32)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
-        raise AquabitError(
-            f"codes range from {int(flat.min())} to {int(flat.max())}; {bits} bits hold 0 to"
-            f" {(1 << bits) - 1}"
-        )
-    per_period, period_bytes = 8 // gcd(bits, 8), bits // gcd(bits, 8)
-    size = ceil(flat.numel() * bits / 8)
-    padded = torch.zeros(ceil(flat.numel() / per_period) * per_period, dtype=torch.int32, device=codes.device)
-    padded[: flat.numel()] = flat
-    columns = padded.reshape(-1, per_period)
-    out = torch.zeros(len(columns), period_bytes + 2, dtype=torch.int32, device=codes.device)
-    for i in range(per_period):
-        byte, shift = divmod(i * bits, 8)
-        word = columns[:, i] << shift
-        for k in range(ceil((shift + bits) / 8)):
-            out[:, byte + k] |= (word >> (8 * k)) & 255
-    return out[:, :period_bytes].to(torch.uint8).reshape(-1)[:size].contiguous()
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes of a bit stream, uint8 [count] (int32 above 8 bits)."""
-    dtype = torch.uint8 if bits <= 8 else torch.int32
-    if bits == 8:
-        return packed[:count]
-    per_period, period_bytes = 8 // gcd(bits, 8), bits // gcd(bits, 8)
-    periods = ceil(count / per_period)
-    full = packed
-    if packed.numel() < periods * period_bytes:
-        full = torch.zeros(periods * period_bytes, dtype=torch.uint8, device=packed.device)
-        full[: packed.numel()] = packed
-    source = full.reshape(periods, period_bytes)
-    wide = torch.uint8 if bits in (1, 2, 4) else torch.int32
-    parts = source.to(wide)
-    out = torch.empty(periods, per_period, dtype=dtype, device=packed.device)
-    mask = (1 << bits) - 1
-    for i in range(per_period):
-        byte, shift = divmod(i * bits, 8)
-        word = parts[:, byte] >> shift
-        for k in range(1, ceil((shift + bits) / 8)):
-            word = word | (parts[:, byte + k] << (8 * k - shift))
-        out[:, i] = word & mask
-    return out.reshape(-1)[:count]
+Order = Literal["inputs", "kernel", "flat"]
+Scale = Tensor | CodedScale
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,26 +26,29 @@ class CodebookWeight:
     """W[o, group j] = scale[o] * sum_m codebooks[c, m, codes[j, m, o]] + offset[o], stored packed.
 
     ``packed`` holds codes [groups, M, out] at ``bits`` bits each; ``codebooks`` [C, M, K, g] float16 with C =
-    1, or C = out for tables per channel, or None for the implied scalar table {0 .. 2^bits - 1} of uniform
-    quantization; ``scale`` and ``offset`` [out] or [out, n] float16 (n groups of inputs). Groups of a Linear
-    run along the inputs; those of a convolution along (kh, kw, cin), cin fastest (``order="inputs"``), or are
-    one kernel slice per input channel (``order="kernel"``). A last group that does not divide is padded; the
-    padding is cut on decoding.
+    1, or C = out for tables per channel, or None for a scalar table that ``levels`` names: {0 .. 2^bits - 1}
+    of uniform quantization, or what a format is defined by; ``scale`` and ``offset`` [out] or [out, n] (n
+    groups of inputs) float16, float32, or coded themselves; [1] float32: one for all. Groups of a Linear run
+    along the inputs; those of a convolution along (kh, kw, cin), cin fastest (``order="inputs"``), as the
+    weight lies, (cin, kh, kw) (``"flat"``), or are one kernel slice per input channel (``"kernel"``). A last
+    group that does not divide is padded; the padding is cut on decoding.
     """
 
     packed: Tensor
     codebooks: Tensor | None
-    scale: Tensor | None
-    offset: Tensor | None
+    scale: Scale | None
+    offset: Scale | None
     shape: tuple[int, ...]
     bits: int
-    order: Literal["inputs", "kernel"] = "inputs"
+    order: Order = "inputs"
+    levels: Levels = "uniform"
 
     def __post_init__(self) -> None:
         _check_shape(self.shape, self.bits, self.order)
         _check_tensor("codes", self.packed, torch.uint8, self.packed)
-        for name in ("codebooks", "scale", "offset"):
-            _check_tensor(name, getattr(self, name), torch.float16, self.packed)
+        _check_tensor("codebooks", self.codebooks, torch.float16, self.packed)
+        for name in ("scale", "offset"):
+            _check_factor(name, getattr(self, name), self.packed, self.levels)
         out, row = self.shape[0], prod(self.shape[1:])
         if self.codebooks is not None:
             tables = tuple(self.codebooks.shape)
@@ -97,7 +60,9 @@ class CodebookWeight:
         for name in ("scale", "offset"):
             value = getattr(self, name)
             if value is not None and (
-                value.ndim not in (1, 2) or value.shape[0] != out or not 1 <= prod(value.shape[1:]) <= row
+                value.ndim not in (1, 2)
+                or (value.shape[0] != out and tuple(value.shape) != (1,))
+                or not 1 <= prod(value.shape[1:]) <= row
             ):
                 raise AquabitError(
                     f"{name} is {list(value.shape)}; a weight {list(self.shape)} needs [{out}], or [{out}, n]"
@@ -122,17 +87,21 @@ class CodebookWeight:
     def from_codes(
         codes: Tensor,
         codebooks: Tensor | None,
-        scale: Tensor | None,
-        offset: Tensor | None,
+        scale: Scale | None,
+        offset: Scale | None,
         shape: tuple[int, ...],
         bits: int,
-        order: Literal["inputs", "kernel"] = "inputs",
+        order: Order = "inputs",
+        levels: Levels = "uniform",
     ) -> CodebookWeight:
-        """Pack integer codes [groups, M, out]; tables and scales are rounded to float16."""
-        tables, scales, offsets = (
-            None if t is None else t.to(torch.float16).contiguous() for t in (codebooks, scale, offset)
+        """Pack integer codes [groups, M, out]; tables and scales are rounded to float16, except for scales
+        that are coded, and those of formats with levels of their own."""
+        tables = None if codebooks is None else codebooks.to(torch.float16).contiguous()
+        scales, offsets = (
+            t.to(torch.float16).contiguous() if isinstance(t, Tensor) and levels == "uniform" else t
+            for t in (scale, offset)
         )
-        return CodebookWeight(pack(codes, bits), tables, scales, offsets, tuple(shape), bits, order)
+        return CodebookWeight(pack(codes, bits), tables, scales, offsets, tuple(shape), bits, order, levels)
 
     @property
     def group(self) -> int:
@@ -155,19 +124,23 @@ class CodebookWeight:
         return unpack(self.packed, self.bits, count).reshape(self.groups, self.codebook_count, self.shape[0])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name: codes, codebooks, scale, offset."""
-        named = {
-            "codes": self.packed,
-            "codebooks": self.codebooks,
-            "scale": self.scale,
-            "offset": self.offset,
-        }
+        """What is stored, by name: codes, codebooks, scale and offset; of coded ones ``scale_over`` and
+        ``scale_base`` too."""
+        named = {"codes": self.packed, "codebooks": self.codebooks}
+        for name in ("scale", "offset"):
+            value: Scale | None = getattr(self, name)
+            named |= value.tensors(name) if isinstance(value, CodedScale) else {name: value}
         return {k: v for k, v in named.items() if v is not None}
 
     def holding(self, tensors: Mapping[str, Tensor]) -> CodebookWeight:
         """The same weight with other tensors of the same content, by ``tensors``'s names."""
-        codebooks, scale, offset = (tensors.get(name) for name in ("codebooks", "scale", "offset"))
-        return CodebookWeight(tensors["codes"], codebooks, scale, offset, self.shape, self.bits, self.order)
+        scale, offset = (
+            value.holding(tensors, name) if isinstance(value, CodedScale) else tensors.get(name)
+            for name, value in (("scale", self.scale), ("offset", self.offset))
+        )
+        return replace(
+            self, packed=tensors["codes"], codebooks=tensors.get("codebooks"), scale=scale, offset=offset
+        )
 
     @property
     def held_codes(self) -> Tensor:
@@ -188,7 +161,7 @@ class CodebookWeight:
 
     def to(self, device: torch.device | str) -> CodebookWeight:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)}
+        moved |= {k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor | CodedScale)}
         return CodebookWeight(**moved)
 
     def dequantize(self, codes: Tensor | None = None) -> Tensor:
@@ -201,15 +174,15 @@ class CodebookWeight:
                 values = values * self.scale.float().reshape(-1)
             return values.reshape(*self.shape[1:], self.shape[0]).movedim(-1, 0).contiguous()
         values = self._scaled(values[:row])
-        if len(self.shape) == 2:
-            return values.t().contiguous()
+        if len(self.shape) == 2 or self.order == "flat":
+            return values.t().reshape(self.shape).contiguous()
         out, cin, kh, kw = self.shape
         return values.reshape(kh, kw, cin, out).permute(3, 2, 0, 1).contiguous()
 
     def _decoded_rows(self, codes: Tensor) -> Tensor:
         """Sums of codewords without scale and offset: [groups * g, out] float32."""
         if self.codebooks is None:
-            return codes[:, 0].float()
+            return level_values(self.levels, self.bits, codes[:, 0])
         tables = self.codebooks.float()
         if tables.shape[0] == 1 and self.group == 1 and self.codebook_count == 1:
             return tables[0, 0, :, 0][codes[:, 0].int()]
@@ -227,7 +200,7 @@ class CodebookWeight:
         """scale * values + offset, group-wise where scale and offset are [out, n]."""
         row = values.shape[0]
         for name, apply in (("scale", torch.mul), ("offset", torch.add)):
-            factor: Tensor | None = getattr(self, name)
+            factor: Scale | None = getattr(self, name)
             if factor is None:
                 continue
             wide = factor.float()
@@ -254,10 +227,10 @@ def _check_shape(shape: Any, bits: Any, order: Any) -> None:
         )
     if type(bits) is not int or not 1 <= bits <= MOST_BITS:
         raise AquabitError(f"codes have {bits!r:.20} bits; they have 1 to {MOST_BITS}")
-    if order not in ("inputs", "kernel") or (order == "kernel" and len(shape) == 2):
+    if order not in ("inputs", "kernel", "flat") or (order != "inputs" and len(shape) == 2):
         raise AquabitError(
-            f"the order of codes is {order!r:.20}; it is inputs, or kernel for a convolution (this weight is"
-            f" {list(shape)})"
+            f"the order of codes is {order!r:.20}; it is inputs, or flat or kernel for a convolution (this"
+            f" weight is {list(shape)})"
         )
 
 
@@ -272,11 +245,22 @@ def _check_tensor(name: str, value: Any, dtype: torch.dtype, codes: Tensor) -> N
         raise AquabitError(f"the codes are on {codes.device}, {name} on {value.device}; move one of them")
 
 
-def _by_groups(factor: Tensor | None) -> bool:
+def _check_factor(name: str, value: Any, codes: Tensor, levels: Levels) -> None:
+    """Raise AquabitError for scales or offsets of another type, or on another device: float16, or float32
+    where a format has levels of its own."""
+    if isinstance(value, CodedScale):
+        value.check(name)
+        _check_tensor(name, value.codes, torch.uint8, codes)
+    else:
+        wide = isinstance(value, Tensor) and value.dtype == torch.float32 and levels != "uniform"
+        _check_tensor(name, value, torch.float32 if wide else torch.float16, codes)
+
+
+def _by_groups(factor: Scale | None) -> bool:
     return factor is not None and factor.ndim == 2 and factor.shape[1] > 1
 
 
-def _size(value: Tensor | None) -> str:
+def _size(value: Scale | None) -> str:
     return "none" if value is None else str(list(value.shape))
 
 
@@ -285,26 +269,45 @@ def ceil_divide(a: int, b: int) -> int:
 
 
 def from_tensors(
-    tensors: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, order: str = "inputs"
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    bits: int,
+    order: str = "inputs",
+    layout: Layout | None = None,
 ) -> CodebookWeight:
-    """A weight from what ``CodebookWeight.tensors`` stored; raises AquabitError where something is missing
-    or of another size."""
-    if "codes" not in tensors or order not in ("inputs", "kernel"):
+    """A weight from what ``CodebookWeight.tensors`` stored, its levels and scales as ``layout`` says (None:
+    uniform and float16); raises AquabitError where something is missing or of another size."""
+    if "codes" not in tensors or order not in ("inputs", "kernel", "flat"):
         raise AquabitError(
-            f"a stored weight needs codes and an order of inputs or kernel; it has {sorted(tensors)} and"
-            f" {order!r}"
+            f"a stored weight needs codes and an order of inputs, kernel or flat; it has {sorted(tensors)}"
+            f" and {order!r}"
         )
-    tables, scale, offset = (tensors.get(k) for k in ("codebooks", "scale", "offset"))
-    for name, value in (("codebooks", tables), ("scale", scale), ("offset", offset)):
-        if value is not None and value.is_floating_point() and not bool(value.isfinite().all()):
-            bad = int((~value.isfinite()).sum())
-            raise AquabitError(f"{bad} of {value.numel()} numbers of {name} are not finite; it is damaged")
-    return CodebookWeight(
+    said = layout or Layout(bits)
+    values: dict[str, Any] = {"codebooks": tensors.get("codebooks")}
+    for name in ("scale", "offset"):
+        values[name] = tensors.get(name)
+        if said.factors.coded and name in tensors:
+            size = (shape[0], said.scales or 1)
+            values[name] = CodedScale(tensors[name], None, None, said.factors, size).holding(tensors, name)
+    for name, value in values.items():
+        if isinstance(value, CodedScale):
+            value.check(name)
+        if value is not None and (isinstance(value, CodedScale) or value.is_floating_point()):
+            found = value.float()
+            if not bool(found.isfinite().all()):
+                bad = int((~found.isfinite()).sum())
+                raise AquabitError(
+                    f"{bad} of {found.numel()} numbers of {name} are not finite; it is damaged"
+                )
+    weight = CodebookWeight(
         tensors["codes"],
-        tables,
-        scale,
-        offset,
+        values["codebooks"],
+        values["scale"],
+        values["offset"],
         tuple(shape),
         bits,
-        "kernel" if order == "kernel" else "inputs",
+        order,  # type: ignore[arg-type]
+        said.levels,
     )
+    check_levels(weight.levels, weight.packed)
+    return weight

@@ -154,7 +154,7 @@ def held(weight: Weight) -> Weight:
     if isinstance(weight, Arranged) or arranges(weight) is not None:
         return numbered(weight)
     arranged = arrange(weight)
-    if arranged.tables is not None:
+    if weight.codebooks is not None:
         object.__setattr__(arranged, "tables", _tables.setdefault(weight.codebooks, arranged.tables))
     return numbered(arranged)
 

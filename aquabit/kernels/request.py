@@ -3,7 +3,7 @@ is kept under."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from math import log2, prod
 from typing import Any, Literal
@@ -12,8 +12,9 @@ import torch
 
 from aquabit.kernels.arranged import FUSED, Arranged, arranges
 from aquabit.kernels.arranged import _segments as segments_of
-from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.codebook import CodebookWeight, Order
 from aquabit.kernels.geometry import UNPADDED, Geometry, Pair
+from aquabit.scheme_record import Layout, Levels
 
 Accuracy = Literal["fast", "exact"]
 MOST_ROWS = 4096  # tokens, or pixels of all images: from there on time grows in proportion
@@ -42,7 +43,7 @@ class Format(_Hashed):
     bits: int  # of one code
     codebooks: int  # M
     group: int  # g
-    order: Literal["inputs", "kernel"]
+    order: Order
     tables: Literal[
         "uniform", "shared", "channel", "none"
     ]  # implied {0 .. 2^bits - 1}; one set for all, or an output; not coded
@@ -62,7 +63,7 @@ class Format(_Hashed):
     @property
     def scalar(self) -> bool:
         """Whether codes stand for single weights."""
-        return self.group == 1 and self.codebooks == 1 and self.order == "inputs"
+        return self.group == 1 and self.codebooks == 1 and self.order != "kernel"
 
 
 def full_format(shape: tuple[int, ...]) -> Format:
@@ -100,7 +101,7 @@ def empty_like(form: Format) -> CodebookWeight | Arranged:
         tables,
         zero.expand(many),
         zero.expand(many) if form.offset else None,
-        (weight.codebooks, weight.scale, weight.offset),
+        weight,
         form.shape,
         form.bits,
         form.codebooks,
@@ -113,20 +114,36 @@ def empty_like(form: Format) -> CodebookWeight | Arranged:
 
 def format_of(weight: CodebookWeight | Arranged) -> Format:
     """The facts of a weight, the same before and after it is arranged."""
-    tables: Literal["uniform", "shared", "channel"]
     if isinstance(weight, Arranged):
-        codebooks, scale, offset = weight.stored
-        count, why = weight.codebooks, None
-    else:
-        codebooks, scale, offset = weight.codebooks, weight.scale, weight.offset
-        count, why = weight.codebook_count, arranges(weight)
-    tables = "uniform" if codebooks is None else "shared" if codebooks.shape[0] == 1 else "channel"
+        return replace(format_of(weight.stored), unarranged=None)
+    codebooks, scale, offset = weight.codebooks, weight.scale, weight.offset
+    tables: Levels | Literal["shared", "channel"] = weight.levels
+    if codebooks is not None:
+        tables = "shared" if codebooks.shape[0] == 1 else "channel"
     groups = [t.shape[1] if t.ndim == 2 else 1 for t in (scale, offset) if t is not None]
-    order: Literal["inputs", "kernel"] = "kernel" if weight.order == "kernel" else "inputs"
-    scales = max(groups, default=None)
-    return Format(
-        tuple(weight.shape), weight.bits, count, weight.group, order, tables, scales, offset is not None, why
+    layout = Layout(
+        weight.bits,
+        weight.codebook_count,
+        weight.group,
+        weight.order,
+        tables,
+        max(groups, default=None),
+        offset is not None,
     )
+    return replace(format_of_layout(layout, tuple(weight.shape)), unarranged=arranges(weight))
+
+
+def format_of_layout(layout: Layout, shape: tuple[int, ...]) -> Format:
+    """The facts of a weight of a layout, as kernels see them: signed codes are uniform ones with an offset,
+    and other levels a table for all. Whether it can be arranged is left open."""
+    tables: Literal["uniform", "shared", "channel", "none"] = "shared"
+    if layout.tables in ("uniform", "signed"):
+        tables = "uniform"
+    elif layout.tables == "channel" or layout.tables == "none":
+        tables = layout.tables
+    offset = layout.offset or layout.tables == "signed"
+    code = (layout.bits, layout.codebooks, layout.group, layout.order)
+    return Format(shape, *code, tables, layout.scales, offset)
 
 
 @dataclass(frozen=True)

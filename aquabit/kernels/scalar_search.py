@@ -9,6 +9,7 @@ its level, a row of H for one that does not.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -68,7 +69,52 @@ class Table(NamedTuple):
         return self.values.expand(len(codes), -1, codes.shape[2]).gather(1, codes.long())
 
 
-Levels = Even | Table
+class Scaled(NamedTuple):
+    """Levels scale * value: ``values`` [K] ascending, for all; ``scale`` [G, n, P], column j having the one
+    that ``part`` [G, R] int64 says. Columns of a part must be neighbours: each part is searched as a table.
+    """
+
+    values: Tensor
+    scale: Tensor
+    part: Tensor
+
+    def encoded(self, target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """The nearest levels of targets [G, columns, P], and their codes."""
+        scale = self._scale(columns, target)
+        inverse = torch.where(scale.abs() > SMALL, 1 / scale, 0.0)
+        bounds = (self.values[1:] + self.values[:-1]) / 2
+        codes = torch.bucketize((target * inverse).contiguous(), bounds)
+        return scale * self.values[codes], codes.byte()
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        return self._scale(slice(None), codes) * self.values[codes.int()]
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Columns [start, stop) of at most BLOCK that have one scale a row."""
+        row = self.part.shape[1]
+        ends = [j for j in range(1, row) if j % BLOCK == 0]
+        ends += (self.part.diff(dim=1) != 0).any(0).nonzero()[:, 0].add(1).tolist()
+        edges = sorted({0, *ends, row})
+        return list(pairwise(edges))
+
+    def table(self, start: int) -> tuple[Table, Tensor]:
+        """The levels of the columns from ``start`` on, ascending, and where that turned them [G, 1, P]."""
+        index = self.part[:, start, None, None].expand(-1, 1, self.scale.shape[2])
+        scale = self.scale.gather(1, index)
+        levels = self.values[None, :, None] * scale
+        turned = scale < 0
+        return Table(torch.where(turned, levels.flip(1), levels).contiguous()), turned
+
+    def turn_(self, codes: Tensor, turned: Tensor) -> None:
+        """Codes [G, columns, P] of ascending levels as those of ``values``, and back."""
+        codes.copy_(torch.where(turned, len(self.values) - 1 - codes, codes))
+
+    def _scale(self, columns: slice, like: Tensor) -> Tensor:
+        index = self.part[:, columns, None].expand(-1, -1, like.shape[2])
+        return self.scale.gather(1, index)
+
+
+Levels = Even | Table | Scaled
 
 
 class Fed(NamedTuple):
@@ -106,9 +152,14 @@ def feed(
     call = _Feed(
         weight.contiguous(), target, gain.contiguous(), mass.contiguous(), *fed, levels=_plain(levels)
     )
-    for start in range(0, row, BLOCK):
-        stop = min(start + BLOCK, row)
-        step(call._replace(start=start, stop=stop))
+    whole = [(start, min(start + BLOCK, row)) for start in range(0, row, BLOCK)]
+    for start, stop in levels.blocks() if isinstance(levels, Scaled) else whole:
+        if isinstance(levels, Scaled):
+            table, turned = levels.table(start)
+            step(call._replace(levels=table, start=start, stop=stop))
+            levels.turn_(fed.codes[:, start:stop], turned)
+        else:
+            step(call._replace(start=start, stop=stop))
         if stop < row:
             target[:, stop:].baddbmm_(gain[:, stop:, start:stop], fed.change[:, start:stop])
     return fed
@@ -134,6 +185,8 @@ def descend(
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    if isinstance(levels, Scaled):
+        return _descend_by_blocks(Descended(codes, product, loss), hessian, levels, sweeps, least, backend)
     found = Descended(
         *(t.clone(memory_format=torch.contiguous_format) for t in (codes, product, loss.double()))
     )
@@ -143,6 +196,29 @@ def descend(
     else:
         _descend_reference(call)
     return found
+
+
+def _descend_by_blocks(
+    start: Descended, hessian: Tensor, levels: Scaled, sweeps: int, least: float, backend: Backend | None
+) -> Descended:
+    """``descend`` block after block of columns that share a scale; all rows take part in every sweep."""
+    codes, product, loss = (t.clone() for t in start)
+    for _ in range(sweeps):
+        before = loss.clone()
+        for first, last in levels.blocks():
+            at = slice(first, last)
+            table, turned = levels.table(first)
+            part = codes[:, at].clone()
+            levels.turn_(part, turned)
+            own = hessian[:, at, at].contiguous()
+            found = descend(part, product[:, at].contiguous(), loss, own, table, backend=backend)
+            change = table.decoded(found.codes) - table.decoded(part)
+            product.baddbmm_(hessian[:, :, at], change, alpha=-1)
+            levels.turn_(found.codes, turned)
+            codes[:, at], loss = found.codes, found.loss
+        if not bool((before - loss > least * before).any()):
+            break
+    return Descended(codes, product, loss)
 
 
 def select(backend: Backend | None, columns: Tensor) -> Backend:
@@ -191,6 +267,8 @@ class _Descent(NamedTuple):
 def _plain(levels: Levels) -> Levels:
     if isinstance(levels, Table):
         return Table(levels.values.float().contiguous())
+    if isinstance(levels, Scaled):
+        return levels
     scale, offset = (t.float().contiguous() for t in (levels.scale, levels.offset))
     return Even(scale, offset, levels.part.contiguous(), levels.steps)
 

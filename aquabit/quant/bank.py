@@ -192,12 +192,12 @@ class Bank:
         path = self.path(key, scheme, context)
         fit = None if self._in_use is None else self._in_use.get(path)
         if fit is None:
-            fit = self._read(path)
+            fit = self._read(path, scheme)
             if fit is not None and self._in_use is not None:
                 self._in_use[path] = fit
         return fit
 
-    def _read(self, path: Path) -> Fit | None:
+    def _read(self, path: Path, scheme: Scheme) -> Fit | None:
         try:
             with safe_open(path, "pt") as file:
                 spec = json.loads(file.metadata()["aquabit"])
@@ -206,7 +206,8 @@ class Bank:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             if not self._is_whole(path, spec, tensors):
                 return None
-            coded = from_tensors(tensors, tuple(spec["shape"]), spec["bits"], spec["order"])
+            shape = tuple(spec["shape"])
+            coded = from_tensors(tensors, shape, spec["bits"], spec["order"], scheme.layout(shape))
             fit = Fit(coded, float(spec["error"]), spec.get("output"), tuple(spec.get("notes", ())))
             os.utime(path)
             self._whole[path.name] = _state(path)
@@ -236,7 +237,7 @@ class Bank:
         whole = said | {"digest": content_digest(said, tensors)}
         self.write(path, tensors, {"aquabit": json.dumps(whole)})
         if self._in_use is not None:
-            self._in_use[path] = self._read(path) or fit
+            self._in_use[path] = self._read(path, scheme) or fit
 
     def write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """A safetensors file in the bank, whole or not at all; raises AquabitError where it cannot be

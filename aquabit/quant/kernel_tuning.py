@@ -17,7 +17,7 @@ from aquabit.graph import described_inputs, example_inputs
 from aquabit.kernels.arranged import arranges
 from aquabit.kernels.dispatch import conv2d_request, linear_request, observed
 from aquabit.kernels.geometry import Geometry, padded
-from aquabit.kernels.request import Format, Request, format_of, full_format, hollow_weight
+from aquabit.kernels.request import Format, Request, format_of, format_of_layout, full_format, hollow_weight
 from aquabit.kernels.time_requests import best_of, measure_missing
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
@@ -199,7 +199,7 @@ def format_for(scheme: Scheme, shape: tuple[int, ...]) -> Format:
     """The format of a weight of ``shape`` at ``scheme``, without fitting one."""
     if scheme == FP:
         return full_format(shape)
-    form = Format(shape, **vars(scheme.layout(shape)))
+    form = format_of_layout(scheme.layout(shape), shape)
     return replace(form, unarranged=arranges(hollow_weight(form)))
 
 

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aquabit.deployed_kinds import DEPLOYED
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.calibration.hessian import conditioned
-from aquabit.quant.schemes import aq, usq, vq
+from aquabit.quant.schemes import aq, deployed, usq, vq
 from aquabit.quant.schemes.progress import Report, no_report
 from aquabit.quant.schemes.scalar import FLOAT16_MAX
 from aquabit.scheme import FP, AquabitError, Scheme
 
 # weights of one shape, scheme, H, seed, report
 FitWeights = Callable[[Sequence[Tensor], Scheme, Sequence[Tensor | None], int, Report], list[CodebookWeight]]
-FITS: dict[str, FitWeights] = {"usq": usq.fit, "vq": vq.fit, "aq": aq.fit}  # every kind but ``fp``
+OTHERS: dict[str, FitWeights] = {kind.name: deployed.fit for kind in DEPLOYED}
+FITS: dict[str, FitWeights] = {"usq": usq.fit, "vq": vq.fit, "aq": aq.fit, **OTHERS}  # every kind but ``fp``
 
 
 def quantize_weight(

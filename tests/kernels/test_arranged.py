@@ -217,11 +217,14 @@ def test_moving_takes_everything_but_what_backends_derived(name: str) -> None:
     arranged = arrange(coded(name, (6, 80), scaled=False).weight)
     arranged.derived["test"] = Holder(torch.zeros(3))
     moved = arranged.to("meta")
-    held = [moved.codes, moved.tables, moved.scale, moved.offset, *moved.stored]
+    held = [moved.codes, moved.tables, moved.scale, moved.offset, *moved.stored.tensors().values()]
     assert {t.device.type for t in held if t is not None} == {"meta"} and moved.derived == {}
     assert [t is None for t in held] == [
         t is None
-        for t in (arranged.codes, arranged.tables, arranged.scale, arranged.offset, *arranged.stored)
+        for t in (
+            *(arranged.codes, arranged.tables, arranged.scale, arranged.offset),
+            *arranged.stored.tensors().values(),
+        )
     ]
     assert (moved.shape, moved.segments, moved.fused) == (arranged.shape, arranged.segments, arranged.fused)
     same = arranged.to("cpu")

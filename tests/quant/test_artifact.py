@@ -97,7 +97,7 @@ def test_artifact_size_is_exact_on_disk_and_in_memory(pipe, tmp_path) -> None:
         id(t)
         for layer in layers_of(again).values()
         if layer.scheme.shared
-        for t in (layer.packed.tables, layer.packed.stored[0])
+        for t in (layer.packed.tables, layer.packed.stored.codebooks)
     }
     assert len(held) == 2 * len(shared), "copied and cast, they still share"
 

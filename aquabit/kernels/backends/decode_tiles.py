@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aquabit.kernels.codebook import CodebookWeight, pack
+from aquabit.kernels.codebook import CodebookWeight, Scale, pack
+from aquabit.kernels.coded_scale import CodedScale
 from aquabit.kernels.geometry import Geometry
 
 Decoder = Callable[[int, int], Tensor]  # rows [first, last) of a weight, in its own order, float32
@@ -26,19 +28,25 @@ def rows_of(weight: CodebookWeight) -> Decoder:
             if weight.codebooks is None or weight.codebooks.shape[0] == 1
             else weight.codebooks[first:last]
         )
-        scale, offset = (None if t is None else t[first:last] for t in (weight.scale, weight.offset))
-        part = CodebookWeight(
-            pack(codes, weight.bits),
-            tables,
-            scale,
-            offset,
-            (last - first, *weight.shape[1:]),
-            weight.bits,
-            weight.order,
+        scale, offset = (_rows(t, first, last) for t in (weight.scale, weight.offset))
+        part = replace(
+            weight,
+            packed=pack(codes, weight.bits),
+            codebooks=tables,
+            scale=scale,
+            offset=offset,
+            shape=(last - first, *weight.shape[1:]),
         )
         return part.dequantize()
 
     return decode
+
+
+def _rows(factor: Scale | None, first: int, last: int) -> Scale | None:
+    """Scales or offsets of some rows; one for all stays."""
+    if factor is None or factor.shape[0] == 1:
+        return factor
+    return factor.rows(first, last) if isinstance(factor, CodedScale) else factor[first:last]
 
 
 def _codes(weight: CodebookWeight, first: int, last: int) -> Tensor:

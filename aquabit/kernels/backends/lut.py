@@ -61,7 +61,7 @@ def lut_refuses(weight: Arranged) -> str | None:
         return f"takes groups of at most {SPAN} inputs, and offsets with scalar codes only"
     if prod(weight.shape[2:]) > TAPS:
         return f"takes kernels of at most {TAPS} taps, not {prod(weight.shape[2:])}"
-    if weight.order == "inputs" and taps_of(weight) is None:
+    if weight.order != "kernel" and taps_of(weight) is None:
         return "needs the groups of scales of a convolution to be the same at every tap"
     return None
 

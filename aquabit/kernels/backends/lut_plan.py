@@ -87,7 +87,7 @@ def _loss(weight: Arranged) -> int:
     """Roundings times inputs of one group (at all taps, where they share tables); a block of n groups has
     n^2 as many, and a relative error of about 1.2e-5 times the root of that (measured with Gaussian
     inputs)."""
-    runs = prod(weight.shape[2:]) if weight.order == "inputs" else 1
+    runs = prod(weight.shape[2:]) if weight.order != "kernel" else 1
     return runs * weight.codebooks * (2 if weight.fused > 1 else 1) * runs * weight.span
 
 
@@ -99,7 +99,7 @@ def _even(weight: Arranged) -> int:
 def is_rough(weight: Arranged) -> bool:
     """Whether even the smallest block would lose too much in int16."""
     return (
-        weight.order == "inputs"
+        weight.order != "kernel"
         and prod(weight.shape[2:]) > 1
         and _loss(weight) * _even(weight) ** 2 > TAP_LOSS_MOST
     )

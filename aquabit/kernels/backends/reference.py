@@ -3,14 +3,10 @@ calls."""
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged
-from aquabit.kernels.arranged import _unlaid as unlaid
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.geometry import Pair
 from aquabit.kernels.request import Accuracy as Accuracy
@@ -18,19 +14,7 @@ from aquabit.kernels.request import Accuracy as Accuracy
 
 def decoded(weight: CodebookWeight | Arranged, like: Tensor) -> Tensor:
     """The dense weight in the dtype of ``like``."""
-    if not isinstance(weight, Arranged):
-        return weight.dequantize().to(like.dtype)
-    codes = unlaid(weight).permute(1, 2, 0)  # [groups, M, out]
-    size = -(-codes.numel() * weight.bits // 8)
-    unpacked = torch.zeros((), dtype=torch.uint8, device=codes.device).expand(
-        size
-    )  # codes are not packed to be unpacked at once
-    order: Literal["inputs", "kernel"] = "kernel" if weight.order == "kernel" else "inputs"
-    return (
-        CodebookWeight(unpacked, *weight.stored, weight.shape, weight.bits, order)
-        .dequantize(codes)
-        .to(like.dtype)
-    )
+    return weight.dequantize().to(like.dtype)
 
 
 def reference_linear(x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None = None) -> Tensor:

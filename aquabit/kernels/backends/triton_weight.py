@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquabit.kernels.arranged import FUSED, Arranged, Segment, _laid, _unlaid
+from aquabit.kernels.arranged import FUSED, Arranged, Segment, _laid, _unlaid, numbers
 from aquabit.kernels.codebook import CodebookWeight
+from aquabit.kernels.coded_scale import CodedScale
 from aquabit.kernels.registry import numbered
 from aquabit.scheme import AquabitError
 
@@ -27,9 +28,9 @@ _FLOAT16_MAX = 65504.0
 
 @dataclass(frozen=True, eq=False)
 class TritonWeight:
-    """``codes`` uint8 [out, bytes], one run of lookups a row; ``tables`` float16 [C, M, K, g] (C = 1 or out)
-    or None for uniform codes; ``scale`` and ``offset`` float16 [out] or [out, n] or None. ``wide``: sums of
-    codewords may leave float16.
+    """``codes`` uint8 [out, bytes], one run of lookups a row; ``tables`` [C, M, K, g] (C = 1 or out) or
+    None for uniform codes; ``scale`` and ``offset`` [out] or [out, n] or None, all float16 or float32.
+    ``wide``: sums of codewords may leave float16.
     """
 
     codes: Tensor
@@ -130,7 +131,7 @@ def lay_out(weight: CodebookWeight | Arranged) -> TritonWeight:
     if why:
         raise AquabitError(f"a weight {list(weight.shape)} cannot be laid out for the triton kernels: {why}")
     run = _one_run(weight)
-    tables, scale, offset = (None if t is None else t.contiguous() for t in run.stored)
+    tables, scale, offset = (None if t is None else t.contiguous() for t in _numbers(run.stored))
     wide = (
         tables is not None
         and not tables.is_meta
@@ -147,35 +148,47 @@ def lay_out(weight: CodebookWeight | Arranged) -> TritonWeight:
         run.group,
         run.fused,
         run.width,
-        run.order == "kernel",
+        weight.order != "inputs",
         wide,
     )
 
 
+def _numbers(stored: CodebookWeight) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Tables, scale and offset: as they are stored, or float32 where those are codes themselves or
+    implied."""
+    tables, scale, offset = stored.codebooks, stored.scale, stored.offset
+    if stored.levels != "uniform" or isinstance(scale, CodedScale) or isinstance(offset, CodedScale):
+        return numbers(stored)
+    return tables, scale, offset
+
+
 def _one_run(weight: CodebookWeight | Arranged) -> Arranged:
-    """``weight`` arranged with one segment over the whole row."""
+    """``weight`` arranged with one segment over the whole row, in stored order."""
+    order = "kernel" if weight.order == "kernel" else "inputs"
     if isinstance(weight, Arranged):
-        whole = Segment(0, 0, weight.shape[1] if weight.order == "kernel" else prod(weight.shape[1:]), 0)
-        joined = replace(weight, segments=(whole,))
-        if joined.segment_bytes(whole) == weight.codes.shape[1] and all(
-            _seamless(weight, s) for s in weight.segments[:-1]
+        whole = Segment(0, 0, weight.shape[1] if order == "kernel" else prod(weight.shape[1:]), 0)
+        joined = replace(weight, segments=(whole,), order=order)
+        if (
+            order == weight.order
+            and joined.segment_bytes(whole) == weight.codes.shape[1]
+            and all(_seamless(weight, s) for s in weight.segments[:-1])
         ):
             return joined
         return replace(joined, codes=_laid(joined, _unlaid(weight)))
-    single = weight.group == 1 and weight.codebook_count == 1 and weight.order == "inputs"
+    single = weight.group == 1 and weight.codebook_count == 1 and weight.order != "kernel"
     count = weight.groups if weight.order == "kernel" else weight.groups * weight.group
     empty = Arranged(
         weight.packed,
         weight.codebooks,
         weight.packed,
         None,
-        (weight.codebooks, weight.scale, weight.offset),
+        weight,
         tuple(weight.shape),
         weight.bits,
         weight.codebook_count,
         weight.group,
         FUSED.get(weight.bits, 1) if single else 1,
-        weight.order,
+        order,
         (Segment(0, 0, count, 0),),
     )
     return replace(empty, codes=_laid(empty, weight.codes.permute(2, 0, 1)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from aquabit.kernels.codebook import CodebookWeight, from_tensors
 from aquabit.quant.bank import TUNED, Bank, weight_hash
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig
-from aquabit.scheme_kinds import Layout
+from aquabit.scheme_record import Layout
 
-PARTS = ("codes", "codebooks", "scale", "offset")
+SCALES = tuple(f"{name}{part}" for name in ("scale", "offset") for part in ("", "_over", "_base"))
+PARTS = ("codes", "codebooks", *SCALES)
 
 SHARED = "codebooks/"  # before the names of tensors that several layers use
 
@@ -122,7 +124,7 @@ def stored_weight(
                 f" {' or '.join(map(_said, wanted))}"
             )
     try:
-        return from_tensors(own, shape, layout.bits, layout.order)
+        return from_tensors(own, shape, layout.bits, layout.order, layout)
     except AquabitError as error:
         raise AquabitError(
             f"{source}: the tensors of layer {name!r} do not fit {choice.weight}: {error}"
@@ -131,14 +133,21 @@ def stored_weight(
 
 def _shapes(layout: Layout, out: int) -> dict[str, list[tuple[int, ...] | None]]:
     """What each part of a weight beside its codes may be; None where it has none."""
-    scale: list[tuple[int, ...] | None] = [None]
-    if layout.scales is not None:
-        scale = [(out, layout.scales), *([(out,)] if layout.scales == 1 else [])]
-    return {
-        "codebooks": [layout.codebook_shape(out)],
-        "scale": scale,
-        "offset": scale if layout.offset else [None],
-    }
+    found: dict[str, list[tuple[int, ...] | None]] = {part: [None] for part in PARTS[1:]}
+    found["codebooks"] = [layout.codebook_shape(out)]
+    if layout.scales is None:
+        return found
+    factors, n = layout.factors, layout.scales
+    rows, _ = factors.shape(out, n)
+    for name in ("scale", "offset") if layout.offset else ("scale",):
+        found[name] = [(rows, n), *([(rows,)] if n == 1 else [])]
+        if factors.coded:
+            found[name] = [(ceil(out * n * factors.bits / 8),)]
+        if factors.over is not None:
+            found[f"{name}_over"] = [(factors.overs(out, n),)]
+        if factors.base:
+            found[f"{name}_base"] = [(1,)]
+    return found
 
 
 def _said(shape: tuple[int, ...] | None) -> str:

@@ -9,14 +9,14 @@ of G * (sum of codewords), dL/doffset = sum of G.
 from __future__ import annotations
 
 from math import log, prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from aquabit.kernels.additive_search import SMALL, sweep_search
-from aquabit.kernels.codebook import CodebookWeight, ceil_divide
+from aquabit.kernels.codebook import CodebookWeight, Scale, ceil_divide
+from aquabit.kernels.fixed_levels import level_values, nearest_codes
 from aquabit.quant.schemes.scalar import halves
 
 EPSILON = 1e-12
@@ -25,13 +25,14 @@ JOINT = 4096  # rows of 8 weights, 128 kB: caches hold them
 
 class Parameter:
     """A float32 tensor with its gradient and AdamW's state. ``unit`` is the root mean square it starts with:
-    rates are relative to it.
+    rates are relative to it. One that is ``fixed`` keeps its value.
 
     ``masses`` are what the moments' weights add up to (1 - beta^t), so that a moment that was forgotten is
     corrected as a new one.
     """
 
-    def __init__(self, value: Tensor):
+    def __init__(self, value: Tensor, fixed: bool = False):
+        self.fixed = fixed
         self.value = value.float().clone()
         self.gradient, self.first, self.second = (torch.zeros_like(self.value) for _ in range(3))
         self.masses = [0.0, 0.0]
@@ -77,7 +78,8 @@ class TrainedWeight:
         if tables is not None:
             self.index += self._bases()
         self.start = self.index.clone()
-        self.scale, self.offset = (None if t is None else Parameter(t) for t in (coded.scale, coded.offset))
+        self.levels, self.kept = coded.levels, (coded.scale, coded.offset)
+        self.scale, self.offset = (None if t is None else _factor_of(t, self.shape[0]) for t in self.kept)
         self.decode_()
         self.unit = float(self.dense().square().mean().sqrt())
 
@@ -89,7 +91,8 @@ class TrainedWeight:
 
     @property
     def parameters(self) -> list[Parameter]:
-        return [p for p in (self.tables, self.scale, self.offset) if p is not None]
+        found = (self.tables, self.scale, self.offset)
+        return [p for p in found if p is not None and not p.fixed]
 
     @property
     def groups(self) -> int:
@@ -128,7 +131,7 @@ class TrainedWeight:
     def looked_up(self, index: Tensor, table: Tensor | None = None) -> Tensor:
         """Sums of codewords for ``index`` [..., M]: [..., g]; ``table`` instead of the trained one."""
         if self.tables is None:
-            return index.float()
+            return level_values(self.levels, self.bits, index)
         rows = (self.tables.value if table is None else table).view(-1, self.size)
         if self.size == 1 and index.shape[-1] == 1:
             return rows.view(-1)[index]
@@ -149,15 +152,16 @@ class TrainedWeight:
     def stored(self) -> Tensor:
         """The weight as it will be once tables, scale and offset are rounded to float16."""
         tables, scale, offset = (
-            None if p is None else halves(p.value) for p in (self.tables, self.scale, self.offset)
+            None if p is None else p.value if p.fixed else halves(p.value)
+            for p in (self.tables, self.scale, self.offset)
         )
         return self.dense(self._affine(self.looked_up(self.index, tables), scale, offset))
 
     def add_gradients_(self, gradient: Tensor) -> None:
         """Add to the gradients of tables, scale and offset what dL/dW in groups [O, n, g] means for them."""
-        if self.scale is not None:
+        if self.scale is not None and not self.scale.fixed:
             self.scale.gradient += self._gathered(gradient * self.values, self.scale.value)
-        if self.offset is not None:
+        if self.offset is not None and not self.offset.fixed:
             self.offset.gradient += self._gathered(gradient, self.offset.value)
         if self.tables is not None:
             scaled = gradient if self.scale is None else gradient * self.spread(self.scale.value)
@@ -196,12 +200,10 @@ class TrainedWeight:
         centred = target if offset is None else target - offset
         one = torch.ones_like(target[:, :1]) if scale is None else scale
         if self.tables is None:
-            wanted = (
-                (centred / torch.where(one.abs() > SMALL, one, torch.ones_like(one)))
-                .round_()
-                .clamp_(0, (1 << self.bits) - 1)
+            wanted = nearest_codes(
+                self.levels, self.bits, centred / torch.where(one.abs() > SMALL, one, torch.ones_like(one))
             )
-            index = torch.where(one.abs() > SMALL, wanted, flat[chosen].float()).long()
+            index = torch.where(one.abs() > SMALL, wanted, flat[chosen])
         elif len(self.tables.value) > 1:  # tables of their own for each output channel
             index = (
                 (centred[:, None] - one[:, None] * self.tables.value[out, 0]).square().sum(2).argmin(1)
@@ -253,6 +255,17 @@ class TrainedWeight:
     def coded(self, tables: Tensor | None) -> CodebookWeight:
         """What is stored; ``tables`` are the float16 codebooks, one tensor for all layers that share them."""
         codes = (self.index if self.tables is None else self.index - self._bases()).permute(1, 2, 0)
-        scale, offset = (None if p is None else halves(p.value) for p in (self.scale, self.offset))
-        order: Literal["inputs", "kernel"] = "kernel" if self.order == "kernel" else "inputs"
-        return CodebookWeight.from_codes(codes, tables, scale, offset, self.shape, self.bits, order)
+        scale, offset = (
+            stored if p is None or p.fixed else halves(p.value).half()
+            for p, stored in zip((self.scale, self.offset), self.kept, strict=True)
+        )
+        return CodebookWeight.from_codes(
+            codes, tables, scale, offset, self.shape, self.bits, self.order, self.levels
+        )
+
+
+def _factor_of(stored: Scale, out: int) -> Parameter:
+    """A scale or offset; what is not stored as float16 cannot be moved a little, and stays."""
+    plain = isinstance(stored, Tensor) and stored.dtype == torch.float16
+    value = stored.float()
+    return Parameter(value.expand(out) if tuple(value.shape) == (1,) else value, fixed=not plain)

@@ -50,7 +50,7 @@ def to_aqlm(weight: CodebookWeight) -> dict[str, Tensor]:
     refusal = _refusal(weight)
     if refusal is not None:
         raise AquabitError(f"AQLM cannot hold this weight: {refusal}")
-    assert weight.codebooks is not None and weight.scale is not None
+    assert weight.codebooks is not None and isinstance(weight.scale, Tensor)
     return {
         "codes": _wrap(weight.codes.permute(2, 0, 1), weight.bits).contiguous(),
         "codebooks": weight.codebooks[0].unsqueeze(2).contiguous(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -90,22 +90,31 @@ class Problem:
         return columns.gather(1, self.order[..., None].expand_as(columns)).contiguous()
 
 
-def problem_of(weight: Tensor, hessian: Tensor | None) -> Problem:
-    """Rows and H in one order: that of storage, then by decreasing diagonal of H (GPTQ's act-order). An H
-    of zeros is the identity."""
-    rows, h = as_rows(weight), check_hessian(hessian, weight, definite=False)
+def problem_of(weight: Tensor, hessian: Tensor | None, stored: str = "inputs", together: int = 1) -> Problem:
+    """Rows and H in one order: that of storage (``stored``: CodebookWeight's), then by decreasing diagonal of
+    H (GPTQ's act-order), where so many neighbours stay ``together``. An H of zeros is the identity."""
+    rows, h = as_rows(weight, stored), check_hessian(hessian, weight, definite=False)
     if not bool((h if h.ndim == 2 else h.diagonal(dim1=1, dim2=2)).any(1).all()):
         h = torch.stack([damped(each, 0.0) for each in h])
     place = torch.arange(rows.shape[1], device=h.device)
-    if weight.ndim == 4:
+    if weight.ndim == 4 and stored == "inputs":
         place = place.reshape(weight.shape[1:]).permute(1, 2, 0).reshape(-1)
     diagonal = (h if h.ndim == 2 else h.diagonal(dim1=1, dim2=2))[:, place]
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    order = _heaviest_first(diagonal, together)
     rows_of_h = torch.stack([each[place[o]] for each, o in zip(h, order, strict=True)])
     h = rows_of_h if h.ndim == 2 else rows_of_h.gather(2, place[order][:, None].expand_as(h))
     empty = Problem(rows, h, order, rows)
     columns = empty.ordered(rows.t())
     return Problem(columns, h, order, empty.times(columns))
+
+
+def _heaviest_first(diagonal: Tensor, together: int) -> Tensor:
+    """Columns [G, R] by decreasing diagonal: groups of ``together``, and columns within a group."""
+    parts = diagonal.reshape(len(diagonal), -1, together)
+    inside = parts.argsort(dim=2, descending=True, stable=True)
+    groups = parts.sum(2).argsort(dim=1, descending=True, stable=True)
+    first = groups[..., None] * together
+    return (first + inside.gather(1, groups[..., None].expand_as(inside))).flatten(1)
 
 
 class Affine:
@@ -114,7 +123,8 @@ class Affine:
 
     shared = False
 
-    def __init__(self, part: Tensor, n: int, steps: int):
+    def __init__(self, part: Tensor, n: int, steps: int, rounded: Callable[[Tensor], Tensor] = halves):
+        self.rounded = rounded  # parameters as they are stored
         self.part, self.n, self.steps = part, n, steps
         self.members = one_hot(part, n).transpose(1, 2).float()  # [G, n, R]
 
@@ -190,7 +200,7 @@ class Affine:
     def scaled(self, parameters: Tensor, factor: float) -> Tensor:
         """The same middle, ``factor`` times the range."""
         scale, offset = parameters.split(self.n, 2)
-        return halves(torch.cat([scale * factor, offset + scale * (1 - factor) * self.steps / 2], 2))
+        return self.rounded(torch.cat([scale * factor, offset + scale * (1 - factor) * self.steps / 2], 2))
 
     def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         return parameters, codes
@@ -219,7 +229,7 @@ class Affine:
             torch.cat([2 * half / self.steps, m - half], 2)
             for m, half in (((low + high) / 2, (high - low) / 2), (mean, deviation))
         )
-        best, least = halves(full), torch.full_like(low, torch.inf)
+        best, least = self.rounded(full), torch.full_like(low, torch.inf)
         for around, factor in [(full, f) for f in SHARES] + [(normal, f) for f in DEVIATIONS]:
             grid = self.scaled(around, factor)
             scale, offset = self.spread(grid)
@@ -235,6 +245,10 @@ class Table:
 
     def __init__(self, k: int, shared: bool):
         self.k, self.shared = k, shared
+
+    def rounded(self, parameters: Tensor) -> Tensor:
+        """Parameters as they are stored."""
+        return halves(parameters)
 
     def of(self, parameters: Tensor) -> scalar_search.Table:
         """The levels as a code search takes them."""
@@ -273,7 +287,7 @@ class Table:
 
     def scaled(self, parameters: Tensor, factor: float) -> Tensor:
         middle = parameters.mean(2, keepdim=True)
-        return halves(middle + factor * (parameters - middle))
+        return self.rounded(middle + factor * (parameters - middle))
 
     def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest levels are searched for in ascending tables."""
@@ -292,4 +306,32 @@ class Table:
         return halves(lloyd(data, self.k, mass)).reshape(*tables, self.k)
 
 
-Levels = Affine | Table
+class Levels(Protocol):
+    """What a fit asks of its levels."""
+
+    @property
+    def shared(self) -> bool: ...
+
+    def of(self, parameters: Tensor) -> scalar_search.Levels: ...
+
+    def decode(self, parameters: Tensor, codes: Tensor) -> Tensor: ...
+
+    def nearest(self, parameters: Tensor, target: Tensor) -> Tensor: ...
+
+    def moved(self, problem: Problem, codes: Tensor) -> Tensor | None: ...
+
+    def moved_on(self, state: State, product: Tensor) -> Tensor | None: ...
+
+    def image(self, problem: Problem, parameters: Tensor, codes: Tensor, moved: Tensor | None) -> Tensor: ...
+
+    def gradient(self, product: Tensor, codes: Tensor) -> Tensor: ...
+
+    def preconditioner(self, diagonal: Tensor, codes: Tensor) -> Callable[[Tensor], Tensor]: ...
+
+    def scaled(self, parameters: Tensor, factor: float) -> Tensor: ...
+
+    def rounded(self, parameters: Tensor) -> Tensor: ...
+
+    def sorted(self, parameters: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def grid(self, weight: Tensor, mass: Tensor) -> Tensor: ...

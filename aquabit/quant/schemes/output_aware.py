@@ -14,7 +14,6 @@ from torch import Tensor
 from aquabit.kernels.scalar_search import descend, feed
 from aquabit.quant.calibration.hessian import COLUMNS, times_wide
 from aquabit.quant.schemes.levels import Coded, Levels, Problem, State
-from aquabit.quant.schemes.scalar import halves
 
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
 # fresh feedback on a refitted grid, and the relative improvement below which it stops
@@ -133,7 +132,7 @@ def refit(
 
 def refitted(problem: Problem, levels: Levels, state: State) -> State:
     """``state`` on its best grid, as that is stored."""
-    grid = halves(refit(problem, levels, state))
+    grid = levels.rounded(refit(problem, levels, state))
     product = problem.product - levels.image(problem, grid, state.codes, state.moved)
     loss = row_losses(problem.weight - levels.decode(grid, state.codes), product)
     parameters, codes = levels.sorted(grid, state.codes)
@@ -166,7 +165,7 @@ def fed_again(problem: Problem, levels: Levels, gain: Tensor | None, mass: Tenso
     its codes."""
     state = state_of(problem, levels, last.parameters, last.codes)
     if not levels.shared:
-        grid, _ = levels.sorted(halves(refit(problem, levels, state)), state.codes)
+        grid, _ = levels.sorted(levels.rounded(refit(problem, levels, state)), state.codes)
         return fed(problem, levels, gain, mass, grid)
     old = refitted(problem, levels, state)
     fresh = fed(problem, levels, gain, mass, old.parameters)

@@ -13,15 +13,19 @@ FLOAT16_MAX = 65504.0
 MOST_GAIN = 2.0  # that levels are spread by; more is asked for only where float16 does not tell weights apart
 
 
-def as_rows(weight: Tensor) -> Tensor:
+def as_rows(weight: Tensor, order: str = "inputs") -> Tensor:
     """A weight as [out, row] float32: a Linear as it is, a convolution in the order (kh, kw, cin), cin
-    fastest."""
+    fastest, or, "flat", as it is too."""
     if weight.ndim not in (2, 4):
         raise AquabitError(
             f"a weight has shape {list(weight.shape)}; it must be [out, in] or [out, in, kh, kw]"
         )
     wide = weight.detach().float()
-    return wide if weight.ndim == 2 else wide.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return (
+        wide.flatten(1)
+        if weight.ndim == 2 or order == "flat"
+        else wide.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    )
 
 
 def halves(x: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def uniform_with_feedback(weight: Tensor, scheme: Scheme, hessian: Tensor | None
     here), None for the identity. Deterministic, and never worse than what it starts from.
     """
     problem, plain = problem_of(weight, hessian), uniform(weight, scheme, least_squares)
-    assert plain.scale is not None and plain.offset is not None
+    assert isinstance(plain.scale, Tensor) and isinstance(plain.offset, Tensor)
     (g, row, _), out = problem.weight.shape, weight.shape[0]
     n = plain.scale.numel() // out
     levels = Affine(problem.order // ceil(row / n), n, (1 << scheme.bits) - 1)

@@ -14,7 +14,8 @@ from aquabit.reports import drawing, style
 from aquabit.reports.facts import DECIBELS, METRIC_NAMES, Facts, leading, number, scheme_name
 from aquabit.reports.plan import Plan, Tables, fixed
 from aquabit.scheme import Scheme
-from aquabit.scheme_kinds import KINDS, Look
+from aquabit.scheme_kinds import KINDS
+from aquabit.scheme_record import Look
 from aquabit.search.front import pareto
 from aquabit.stats import Interval, mean_interval
 

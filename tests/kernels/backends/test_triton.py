@@ -32,6 +32,7 @@ from aquabit.kernels.backends.triton_kernels import (
 )
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.geometry import Geometry
+from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import AquabitError
 
 pytest.importorskip("triton")
@@ -697,3 +698,18 @@ def test_a_copy_of_a_layout_outlives_its_original() -> None:
     del laid
     gc.collect()
     assert torch.equal(triton_linear(x, copied), expected)
+
+
+@served
+@pytest.mark.parametrize("text", ["int4g32", "nf4g64d", "fp8", "mxfp4", "q4_K", "q3_K", "q8_0"])
+def test_formats_of_other_programs(text: str) -> None:
+    """Their scales are decoded once, to float32, and kernels are as exact with them as with others."""
+    for shape in ((24, 256), (8, 256, 1, 3)):
+        coded = quantize_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)), text)
+        x = torch.randn((9, 256) if len(shape) == 2 else (1, 256, 4, 5), generator=torch.Generator())
+        dense = torch.nn.functional.linear if len(shape) == 2 else torch.nn.functional.conv2d
+        run = triton_linear if len(shape) == 2 else triton_conv2d
+        expected = dense(x.double(), coded.dequantize().double())
+        for weight in (coded.to(DEVICE), arrange(coded).to(DEVICE)):
+            y = run(x.to(DEVICE), weight, accuracy="exact").cpu()
+            assert float((y - expected).norm() / expected.norm()) < 1e-6

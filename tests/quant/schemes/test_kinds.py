@@ -14,13 +14,20 @@ from aquabit.kernels.request import format_of
 from aquabit.quant.kernel_tuning import format_for
 from aquabit.quant.schemes import usq
 from aquabit.quant.weights import FITS, quantize_weights, relative_error
-from aquabit.scheme import FP, Scheme
+from aquabit.scheme import FP, AquabitError, Scheme
 from aquabit.scheme_kinds import KINDS
 
 PACKAGE = Path(__file__).parents[3] / "aquabit"
 EXAMPLES = [(kind.name, text) for kind in KINDS.values() for text in kind.examples]
 CODED = [text for name, text in EXAMPLES if name != "fp"]
 SHAPES = [(24, 40), (7, 33), (12, 8, 3, 3), (10, 16, 1, 1)]
+# of formats whose groups divide nothing smaller
+WIDE = [(6, 256), (3, 256, 1, 3), (5, 256, 1, 1)]
+CASES = [
+    (text, shape)
+    for text in CODED
+    for shape in SHAPES + (WIDE if Scheme.parse(text).refuses((24, 40)) else [])
+]
 
 
 @pytest.mark.parametrize(("name", "text"), EXAMPLES)
@@ -39,13 +46,16 @@ def test_every_coded_kind_has_a_fit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:aq.*codewords")
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("text", CODED)
+@pytest.mark.parametrize(("text", "shape"), CASES, ids=str)
 def test_a_fit_has_the_declared_form(text: str, shape: tuple[int, ...]) -> None:
     scheme, row = Scheme.parse(text), prod(shape[1:])
+    if scheme.refuses(shape):
+        with pytest.raises(AquabitError, match=re.escape(f"{text} cannot hold a weight {list(shape)}: its ")):
+            quantize_weights([torch.ones(shape)], scheme, [torch.eye(row)] if scheme.calibrated else None)
+        return
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(shape, generator=generator) for _ in range(1 + scheme.shared)]
-    inputs = torch.randn(4 * row, row, generator=generator)
+    inputs = torch.randn(min(4 * row, 512), row, generator=generator)
     h = inputs.T @ inputs / len(inputs) if scheme.calibrated else None
     before = [w.clone() for w in weights]
     coded = quantize_weights(weights, scheme, [h] * len(weights))
