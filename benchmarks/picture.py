@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from aquabit.graph import layers
+from aquabit.scheme_kinds import FP
 from benchmarks.common import (
     about,
     difference,
@@ -39,6 +42,7 @@ MODELS = ("fashion-unet", "fashion-dit")
 FRESH = range(501, 506)  # blocks of seeds that nothing else uses
 SHOWN = 19_000  # the first seed of the picture; evaluate.py uses those before
 METRICS = ("psnr", "fid")
+ENDS = ("conv_in", "conv_out", "patch_embed", "proj_out", "time_embed", "class_embed")
 SPACE = {"activations": [8]}
 
 
@@ -69,13 +73,24 @@ def search(folder: Path, model: str, uniform: Sequence[str]) -> None:
             write(path, done)
 
 
+def ends_kept(session: Any, scheme: str) -> Any:
+    """The uniform configuration whose first and last layers and embeddings stay in full precision, as skip
+    lists of other tools have it."""
+    config = session.space.uniform(scheme)
+    kept = {k for k, node in layers(session.model.graph).items() if node["operator"] in ENDS}
+    changed = {k: replace(c, weight=FP) if k in kept else c for k, c in config.layers.items()}
+    return replace(config, layers=changed)
+
+
 def configurations(folder: Path, model: str, session: Any) -> dict[str, Any]:
-    """Name -> configuration: "full precision", "uniform usq2h", "program usq2h", "search usq2h"."""
+    """Name -> configuration: "full precision", "uniform usq2h", "ends kept, usq2h", "program usq2h", "search
+    usq2h"."""
     from aquabit.scheme import QuantConfig
 
     found = {"full precision": session.space.full_precision()}
     for name, row in read(folder / f"picture-{model}.json").items():
         found[f"uniform {name}"] = session.space.uniform(name)
+        found[f"ends kept, {name}"] = ends_kept(session, name)
         found |= {f"{how} {name}": QuantConfig.from_dict(config) for how, config in row.items()}
     return found
 
@@ -125,8 +140,9 @@ def draw(shown: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]], path: P
     from aquabit.reports import style
 
     with style.use():
-        figure = Figure(figsize=(style.DOUBLE, 1.9), layout="constrained")
+        figure = Figure(figsize=(style.DOUBLE, 1.9))
         axes = figure.subplots(len(shown))
+        figure.subplots_adjust(left=0.175, right=1, top=1, bottom=0, hspace=0.04)
         for axis, (title, pictures), row in zip(axes, shown.items(), rows, strict=True):
             axis.imshow(torch.cat(list(pictures), 1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
@@ -149,7 +165,8 @@ def text(found: dict[str, Any]) -> str:
         "",
         f"`{found['command']}` on {about(found['machine'])}. Activations at 8 bits; five blocks of 128 fresh"
         " seeds, 10 steps; 95 % intervals. FID is of 128 images in the features of the bundled classifier: it"
-        " compares with no other number. PSNR is to full precision, of the same seeds.",
+        ' compares with no other number. PSNR is to full precision, of the same seeds. "Ends kept": the first'
+        " and last layers and the embeddings stay in full precision, as skip lists have it.",
         "",
         "| model | configuration | bytes | bits a weight | PSNR [dB] | FID | over uniform [dB] | FID below |",
         "|---|---|---|---|---|---|---|---|",
@@ -194,7 +211,8 @@ def main() -> None:
             write(given.folder / f"rows-{model}.json", fresh(given.folder, model))
     if "table" in parts:
         rows = [r for m in given.models for r in read(given.folder / f"rows-{m}.json")]
-        write_results("picture", "python benchmarks/picture.py all", {"rows": rows}, text)
+        command = f"python benchmarks/picture.py all --models {' '.join(given.models)}"
+        write_results("picture", f"{command} --uniform {' '.join(given.uniform)}", {"rows": rows}, text)
         model, scheme = given.models[0], given.uniform[0]
         named = {r["name"]: r for r in rows if r["model"] == model}
         chosen = [named[n] for n in ("full precision", f"uniform {scheme}", f"search {scheme}")]
