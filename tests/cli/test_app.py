@@ -290,8 +290,8 @@ def test_inspect_and_models(folder) -> None:
     assert {m["name"]: m["trained_on"] for m in bundled} == {
         "digits-dit": "scikit-learn's digits",
         "digits-unet": "scikit-learn's digits",
-        "fashion-dit": "Fashion-MNIST, padded to 32 x 32",
-        "fashion-unet": "Fashion-MNIST, padded to 32 x 32",
+        "fashion-dit": "Fashion-MNIST",
+        "fashion-unet": "Fashion-MNIST",
     }
 
 
