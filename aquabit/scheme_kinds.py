@@ -218,7 +218,10 @@ KINDS: Mapping[str, SchemeKind] = {kind.name: kind for kind in (FULL, UNIFORM, K
 
 
 def _known_forms() -> str:
-    return f"known forms: {', '.join(form for kind in KINDS.values() for form in kind.examples)}"
+    """Of every kind; a final h is left out where the form without it is named."""
+    every = [(form, kind.examples) for kind in KINDS.values() for form in kind.examples]
+    named = [form for form, beside in every if not (form.endswith("h") and form[:-1] in beside)]
+    return f"known forms: {', '.join(named)}"
 
 
 def uniform_name(stored: str) -> str:
