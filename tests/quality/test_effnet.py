@@ -320,12 +320,22 @@ MEASURING = ("--images", "8", "--steps", "2", "--micro-batch", "4", "--space", "
 @installed
 def test_a_model_of_ones_own_in_colour_is_measured_searched_and_reported(tmp_path: Path) -> None:
     """It brings no features and no real images."""
-    (tmp_path / "mine.py").write_text(CODE)
+    (tmp_path / "in_colour.py").write_text(CODE)
     (tmp_path / "space.json").write_text(
         json.dumps({"schemes": ["usq2", "usq4", "usq8", "fp"], "activations": [8]})
     )
     folder(tmp_path / "real", patches(12, 40))
-    words = ("measure", "mine:made", "--study", "s.db", "--samples", "3", *MEASURING, "--features", "effnet")
+    words = (
+        "measure",
+        "in_colour:made",
+        "--study",
+        "s.db",
+        "--samples",
+        "3",
+        *MEASURING,
+        "--features",
+        "effnet",
+    )
     said = fails(tmp_path, *words, "--objective", "effnet_fd", code=True)
     assert "needs --reference DIR and --features effnet" in said
     run(tmp_path, *words, "--reference", "real", "--objective", "effnet_fd")
@@ -337,7 +347,7 @@ def test_a_model_of_ones_own_in_colour_is_measured_searched_and_reported(tmp_pat
     full = table[table.bits == table.bits.max()]
     assert full.effnet_distance.min() == pytest.approx(0, abs=1e-9)
     assert (table[table.bits < 6].effnet_distance > 1e-3).all()
-    out = ("--bits", "5", "--out", "config.json", "--model", "mine:made")
+    out = ("--bits", "5", "--out", "config.json", "--model", "in_colour:made")
     run(tmp_path, "search", "s.db", "--workers", "1", "--rounds", "0", *out)
     run(tmp_path, "report", "s.db", "--out", "report")
     page = (tmp_path / "report" / "index.html").read_text()
