@@ -3,7 +3,7 @@
     pip install --no-deps adaptive-terrain-diffusion==0.4.2; pip install onnx onnxruntime
     python examples/terrain/terrain.py --out terrain
 
-takes about half an hour on two cores; ``--images 4 --samples 0`` make it shorter.
+searches among thousands of images, each of a fraction of a second; ``--images 4`` makes it shorter.
 
 The model (Adaptive-Diffusion-Terrain, MIT) makes height fields of 128 x 128 from noise and a difficulty of 1
 to 100 in one step: a consistency model (Song et al. 2023, arXiv 2303.01469) around the U-Net of OpenAI's
