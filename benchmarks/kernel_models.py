@@ -4,7 +4,7 @@ all in turn."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -15,11 +15,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from aquabit.graph import example_inputs, trace
+from aquabit.jsonio import read_json
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import held
 from aquabit.kernels.time_requests import random_weight
+from aquabit.pipelines.loading import BUNDLED
 from aquabit.quant.attention import patch_attention_
 from aquabit.quant.kernel_tuning import Placement, format_for, layers_of, place_
 from aquabit.quant.layers import quant_layer, resident_bytes
@@ -41,21 +43,33 @@ SCHEMES = (
     ("aq4x4k", 16),
     ("aq2x6k", 16),
 )  # with activation bits; k is groups of 8 where there is no kernel: 2, 2 and 1.5 bits
+SMALL = (("usq4", 8), ("usq2", 8))
+
+
+def bundled(name: str) -> dict[str, Any]:
+    """The configuration of a bundled denoiser."""
+    config = read_json(BUNDLED / name / "denoiser" / "config.json")
+    return {"class": config["_class_name"]} | {k: v for k, v in config.items() if not k.startswith("_")}
+
+
 CASES = {  # name: config, samples in a call (guidance takes two), threads, seconds, schemes
     "DiT-XL/2, one block": (DIT | {"num_layers": 1}, 2, (1, 2), 5.0, SCHEMES),
     "DiT-XL/2, 28 blocks": (DIT, 2, (2,), 30.0, SCHEMES[:2]),
     "U-Net of LDM-4's shapes": (LDM4, 2, (2,), 40.0, SCHEMES[:2]),
 }
+BUNDLED_CASES = {n: (bundled(n), 16, (1,), 8.0, SMALL) for n in ("fashion-unet", "fashion-dit")}
 ROUNDS = (3, 30)
 DENSE = "dense float32"
 
 Call = Callable[[], Tensor]
 
 
-def models(progress: Progress, quick: bool, only: str = "") -> list[dict[str, Any]]:
-    """Every case whose name holds ``only``; ``quick``: only the block, on two threads."""
+def models(
+    progress: Progress, quick: bool, only: str = "", cases: Mapping[str, Any] = CASES
+) -> list[dict[str, Any]]:
+    """Every case whose name holds ``only``; ``quick``: only the first, on most threads."""
     rows: list[dict[str, Any]] = []
-    for name, (config, batch, counts, seconds, schemes) in list(CASES.items())[: 1 if quick else None]:
+    for name, (config, batch, counts, seconds, schemes) in list(cases.items())[: 1 if quick else None]:
         if only not in name:
             continue
         variants = built(config, schemes, progress)
@@ -132,7 +146,9 @@ class Maker:
                 layer.set_packed_(self._weight(key), Scheme.parse(scheme))
             layer.act, layer.act_output = act, act if node.get("attention") else 16
             _put(denoiser, name, layer)
-        for name, parameter in list(denoiser.named_parameters()):  # norms and embeddings
+        for name, parameter in list(denoiser.named_parameters()):
+            if not parameter.is_meta:  # of a layer above: norms and embeddings are left
+                continue
             norm = parameter.ndim == 1 and name.endswith("weight")
             value = (
                 torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, generator=rng)

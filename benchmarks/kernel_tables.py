@@ -129,6 +129,12 @@ def figures(found: dict[str, Any]) -> Rows:
             cases = [[r for r in ours if r["threads"] == n] for n in sorted({r["threads"] for r in ours})]
             cases = cases if how == "packed" else [[r] for r in ours]  # auto: every format
             rows.append(figure(f"{model} over float32, memory={how}", target, cases, "over_float32"))
+    small_models = found.get("bundled", {}).get("rows", [])
+    for model in dict.fromkeys(r["model"] for r in small_models):
+        cases = [
+            [r] for r in small_models if r["model"] == model and r["variant"].endswith(" a8 packed")
+        ]  # every format, everything rounded
+        rows.append(figure(f"{model} over float32, memory=packed", 1.0, cases, "over_float32"))
     return [r for r in rows if r is not None]
 
 
@@ -369,6 +375,7 @@ ABOUT = {
             " hold, plans of the kernels included."
         ),
     ),
+    "bundled": ("Bundled denoisers", "As above, of their classes and sizes."),
     "roofline": (
         "Bounds",
         (
@@ -383,6 +390,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "conv": layer_tables,
     "peers": peers_section,
     "models": models_section,
+    "bundled": models_section,
     "roofline": roofline_section,
 }
 

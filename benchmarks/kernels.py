@@ -7,6 +7,7 @@ conv       3 x 3 convolutions of LDM-4's U-Net, against oneDNN in float32 (the b
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
 models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
            codes, memory packed and auto
+bundled    denoisers of the classes and sizes of fashion-unet and fashion-dit, 16 samples, one thread
 roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
            reached (after them)
 all        every part
@@ -150,6 +151,13 @@ def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     return [row for row in _section(_read(), "models") if only and row["model"] not in done] + fresh
 
 
+def bundled(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_models import BUNDLED_CASES
+    from benchmarks.kernel_models import models as run
+
+    return run(progress, quick, cases=BUNDLED_CASES)
+
+
 def roofline(progress: Progress, quick: bool) -> Rows:
     from benchmarks.kernel_roofline import roofline as run
 
@@ -161,6 +169,7 @@ PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
     "conv": conv,
     "peers": peers,
     "models": models,
+    "bundled": bundled,
     "roofline": roofline,
 }
 
