@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from aquabit.files import check_apart, follow_umask, write_text, writing_folder
-from aquabit.graph import repeated_names
+from aquabit.graph import LayerGraph, repeated_names
 from aquabit.inputs import Inputs, read_inputs
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
+from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import using
 from aquabit.memory import check_images, check_quantizing
 from aquabit.parts import parts_of
@@ -257,6 +258,39 @@ def quantize(
     for name, part in parts_of(model.denoiser).items():
         attach_(part, contents.of_part(name) if name else contents)
     return Packed(source, model, config, statistics)
+
+
+class Coded(NamedTuple):
+    """A dense denoiser, its graph, and the codes of its layers."""
+
+    network: nn.Module
+    graph: LayerGraph
+    weights: dict[str, CodebookWeight]
+
+
+def coded(
+    pipe: AnyModel,
+    config: QuantConfig,
+    *,
+    check: Callable[[nn.Module, LayerGraph], None],
+    bank: str | None = None,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> Coded:
+    """The weights that ``quantize`` packs, beside the dense denoiser that they are of; ``check`` is asked
+    before anything is fitted. Raises AquabitError for a configuration of another model."""
+    source = load(pipe, device)
+    if isinstance(pipe, str) and not isinstance(source, OwnModel):
+        free_text_encoders(source)
+    network, graph = network_of(source), trace(source)
+    check_fingerprint(config, network)
+    check(network, graph)
+    own, model = _copied(source, config, bank, device)
+    _check_sampler(own, config)
+    with single_thread(device), model.bank_in_use():
+        model.check(config)
+        model.prepare(config, progress)
+        return Coded(network, graph, model.coded_weights(config))
 
 
 def _copied(

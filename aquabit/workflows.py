@@ -11,12 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from torch import nn
+
+from aquabit.exports import WRITERS, check_known
+from aquabit.exports.exported import Exported, check_one_network
 from aquabit.files import check_apart, write_bytes
+from aquabit.graph import LayerGraph
 from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session
 from aquabit.measuring.settings import MeasureOptions
 from aquabit.measuring.where import HERE, Where, WhereOptions
-from aquabit.packing import AnyModel, generate, quantize
+from aquabit.packing import AnyModel, coded, generate, quantize
 from aquabit.pipelines.loading import sources_of
 from aquabit.pipelines.pictures import thumbnail
 from aquabit.progress import span
@@ -621,3 +626,33 @@ def _measure_in(
     else:
         session.measure(drawn, "sample", progress)
     return len(study.known(session.protocol) - before)
+
+
+def export_files(
+    pipe: AnyModel,
+    config: QuantConfig,
+    to: str,
+    out: str | Path,
+    *,
+    bank: str | None = None,
+    device: str = "cpu",
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Write a model as a program of ``exports.WRITERS`` reads it, with the weights that ``quantize`` would
+    pack; what is lost or worth saying, a sentence each.
+
+    Raises AquabitError, before anything is fitted, for an unknown program, a configuration of another model
+    or of several networks, what the program cannot hold, and a place that the model is read from.
+    """
+    check_known(to)
+    if to not in WRITERS:
+        raise AquabitError(f"{to} gets a configuration, not files with weights; use exports.export_config")
+    for source in sources_of(pipe):
+        check_apart(out, source)
+
+    def check(network: nn.Module, graph: LayerGraph) -> None:
+        check_one_network(config, graph, to)
+        WRITERS[to].check(Exported(network, config, graph))
+
+    found = coded(pipe, config, check=check, bank=bank, device=device, progress=progress)
+    return WRITERS[to].write(Exported(found.network, config, found.graph, found.weights), Path(out))

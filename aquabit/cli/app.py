@@ -418,22 +418,44 @@ def quantize(
 
 @verb
 def export(
+    context: typer.Context,
     model: options.Model,
     source: groups.Source,
     config: options.ConfigFile,
-    to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt.")],
+    to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt: a configuration.")],
     out: Annotated[
         Path,
-        typer.Option("--out", help="JSON file: the library's configuration, and what it cannot express."),
+        typer.Option(
+            "--out",
+            help=(
+                "JSON file: the library's configuration, and what it cannot express; or the files with"
+                " weights that the program reads."
+            ),
+        ),
     ],
+    device: options.Device = "cpu",
+    bank: options.Bank = None,
     json_: options.Json = None,
 ) -> None:
-    """A configuration for another library, with what is lost on the way."""
-    from aquabit.exports import export_config
+    """A configuration for another library, or files with weights for another program, with what is lost on
+    the way."""
+    from aquabit.exports import WRITERS, check_known, export_config
     from aquabit.pipelines import load, network_of, trace
     from aquabit.quant.model import check_fingerprint
 
-    pipe, chosen = load(source.of(model)), QuantConfig.load(config)
+    check_known(to)
+    reference, chosen = source.of(model), QuantConfig.load(config)
+    if to in WRITERS:
+        from aquabit.workflows import export_files
+
+        folder = str(bank) if bank else None
+        with bars() as progress:
+            said = export_files(reference, chosen, to, out, bank=folder, device=device, progress=progress)
+        if not emit({"to": to, "said": said}, json_):
+            tables.show_files(said, out)
+        return
+    groups.check_idle(context, True, f"with --to {to}, which fits the weights itself", "device", "bank")
+    pipe = load(reference)
     check_fingerprint(chosen, network_of(pipe))
     found = export_config(chosen, trace(pipe), to)
     write_text(out, found.to_json())

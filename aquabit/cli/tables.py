@@ -232,6 +232,17 @@ def show_export(found: Any, path: Path) -> None:
         console.print(f"  all: {plain(sentence)}", highlight=False, soft_wrap=True)
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, or of a folder's files."""
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
+
+
+def show_files(said: list[str], path: Path) -> None:
+    """What was written for another program, and what is to be said of it."""
+    for sentence in (f"{path}: {_size(path):,} bytes", *said):
+        console.print(plain(sentence), highlight=False, soft_wrap=True)
+
+
 def show_statuses(rows: list[Any]) -> None:
     """How far studies are (``standing.StudyStatus``), one line each."""
     for r in rows:

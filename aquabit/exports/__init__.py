@@ -3,7 +3,8 @@ express.
 
 What is exported are bits, groups and activations per layer; the library fits its own ranges to the dense
 model (tried by benchmarks/exports.py). A target is one file with ``layer``, the form of one layer, and
-``whole``, the configuration made of them; a new one is entered in ``TARGETS``.
+``whole``, the configuration made of them; a new one is entered in ``TARGETS``. Programs whose files hold our
+weights are entered in ``files.WRITERS``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from aquabit.exports import modelopt, quanto, torchao
+from aquabit.exports.exported import check_one_network
+from aquabit.exports.files import WRITERS
 from aquabit.exports.statement import (
     Export,
     Form,
@@ -24,7 +27,7 @@ from aquabit.exports.statement import (
 from aquabit.graph import LayerGraph, layers
 from aquabit.scheme import AquabitError, LayerChoice, QuantConfig
 
-__all__ = ["TARGETS", "Export", "LayerExport", "export_config"]
+__all__ = ["TARGETS", "WRITERS", "Export", "LayerExport", "check_known", "export_config"]
 
 
 class Target(NamedTuple):
@@ -41,6 +44,13 @@ TARGETS = {
 }
 
 
+def check_known(to: str) -> None:
+    """Raise AquabitError for a target that gets neither a configuration nor files."""
+    if to not in {*TARGETS, *WRITERS}:
+        files = f"; with weights: {', '.join(WRITERS)}" if WRITERS else ""
+        raise AquabitError(f"export to {to!r} is unknown; known: {', '.join(TARGETS)}{files}")
+
+
 def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
     """The configuration as ``to`` reads it: "torchao" (an ``FqnToConfig`` as
     ``torchao.core.config.config_to_dict`` writes it), "quanto" (a map of layers as
@@ -49,19 +59,11 @@ def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
     ``graph`` is the model's, for shapes and kinds of layers. Raises AquabitError for an unknown library,
     for layers not in the graph, and for a graph of several networks.
     """
+    check_known(to)
     if to not in TARGETS:
-        raise AquabitError(f"export to {to!r} is unknown; known: {', '.join(TARGETS)}")
-    if "parts" in graph.graph:
-        raise AquabitError(
-            f"{to} configures one network, and {', '.join(graph.graph['parts'])} are quantized together; give"
-            " a configuration of one component"
-        )
+        raise AquabitError(f"{to} gets files with weights, not a configuration; use workflows.export_files")
+    check_one_network(config, graph, to)
     nodes = layers(graph)
-    wrong = [n for n in config.layers if n not in nodes]
-    if wrong:
-        raise AquabitError(
-            f"layer {wrong[0]!r} of the configuration is not in this model; is it another model's?"
-        )
     target = TARGETS[to]
     forms: dict[str, Any] = {}
     statement: dict[str, LayerExport] = {}

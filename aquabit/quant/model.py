@@ -290,7 +290,9 @@ class QuantizedDenoiser:
         if absent:
             self.fitter.fit(absent, config.calibration, progress)
 
-    def _check(self, config: QuantConfig) -> None:
+    def check(self, config: QuantConfig) -> None:
+        """Raise AquabitError where a configuration names layers that are not there, or schemes that they
+        cannot have."""
         unknown = [n for n in config.layers if n not in self.layers]
         if unknown:
             raise AquabitError(
@@ -337,7 +339,7 @@ class QuantizedDenoiser:
 
     def apply(self, config: QuantConfig) -> None:
         """Dense mode: decoded weights and fake-quantized activations."""
-        self._check(config)
+        self.check(config)
         with self.bank_in_use():
             self._apply(config)
 
@@ -377,7 +379,7 @@ class QuantizedDenoiser:
     def apply_packed(self, config: QuantConfig, accuracy: Accuracy = "fast") -> None:
         """Packed mode for a while: as ``pack``, but full weights stay, so that ``apply`` leads back to
         dense mode."""
-        self._check(config)
+        self.check(config)
         with self.bank_in_use():
             self.prepare(config)
             for name, weight in self.coded_weights(config).items():
@@ -427,7 +429,7 @@ class QuantizedDenoiser:
         self, config: QuantConfig, accuracy: Accuracy = "fast", progress: Progress = no_progress
     ) -> None:
         """``pack`` without ``arrange``: what can be saved, but not run yet."""
-        self._check(config)
+        self.check(config)
         self._recent.clear()
         with self.bank_in_use():
             self.prepare(config, progress)

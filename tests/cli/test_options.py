@@ -297,6 +297,8 @@ ROWS: dict[str, dict[str, Row]] = {
         "--lora": Row("--lora lora.safetensors", "", refused="this is model"),
         "--component": SOURCE["--component"],
         "--to": Row("--to quanto", "files"),
+        "--device": Row("--device meta", "", refused="--device changes nothing with --to torchao"),
+        "--bank": Row("--bank elsewhere", "", refused="--bank changes nothing with --to torchao"),
         "--out": Row("--out {here}/f.json", "files"),
         "--json": Row("--json {here}/x.json", "files"),
     },

@@ -1,0 +1,39 @@
+"""What a writer of files gets: a dense denoiser, a configuration of it, and its weights as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from aquabit.graph import LayerGraph, layers
+from aquabit.kernels.codebook import CodebookWeight
+from aquabit.scheme import AquabitError, QuantConfig
+
+
+@dataclass(frozen=True)
+class Exported:
+    """``network`` is the dense denoiser with weights in full precision, ``weights`` the codes of the layers
+    that ``config`` quantizes, as ``aquabit quantize`` packs them (none yet while a writer checks), ``graph``
+    the network's."""
+
+    network: nn.Module
+    config: QuantConfig
+    graph: LayerGraph
+    weights: Mapping[str, CodebookWeight] = field(default_factory=dict)
+
+
+def check_one_network(config: QuantConfig, graph: LayerGraph, to: str) -> None:
+    """Raise AquabitError for a graph of several networks, and for layers that are not in it."""
+    if "parts" in graph.graph:
+        raise AquabitError(
+            f"{to} configures one network, and {', '.join(graph.graph['parts'])} are quantized together; give"
+            " a configuration of one component"
+        )
+    nodes = layers(graph)
+    wrong = [n for n in config.layers if n not in nodes]
+    if wrong:
+        raise AquabitError(
+            f"layer {wrong[0]!r} of the configuration is not in this model; is it another model's?"
+        )

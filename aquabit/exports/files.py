@@ -1,0 +1,27 @@
+"""The programs whose files are written, weights included: a table of writers.
+
+A writer is a module with ``write`` and ``check``, entered in ``WRITERS``; it takes ``Exported`` from
+``exports.exported``, so that modules form no circle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from aquabit.exports.exported import Exported
+
+__all__ = ["WRITERS", "Exported", "Writer"]
+
+
+class Writer(NamedTuple):
+    """``write`` makes the file or folder, whole or not at all, never over somebody's, and returns what is
+    lost or worth saying, a sentence each. ``check`` raises AquabitError where the program cannot hold what
+    is to be written, before anything is fitted; ``Exported.weights`` is empty then."""
+
+    write: Callable[[Exported, Path], list[str]]
+    check: Callable[[Exported], None]
+
+
+WRITERS: dict[str, Writer] = {}
