@@ -649,6 +649,8 @@ def export_files(
         raise AquabitError(f"{to} gets a configuration, not files with weights; use exports.export_config")
     for source in sources_of(pipe):
         check_apart(out, source)
+    if Path(out).exists() and not WRITERS[to].may_replace(Path(out)):
+        raise AquabitError(f"{out} is there already and is none of aquabit's for {to}; choose another name")
 
     def check(network: nn.Module, graph: LayerGraph) -> None:
         check_one_network(config, graph, to)

@@ -37,3 +37,14 @@ def check_one_network(config: QuantConfig, graph: LayerGraph, to: str) -> None:
         raise AquabitError(
             f"layer {wrong[0]!r} of the configuration is not in this model; is it another model's?"
         )
+
+
+def lost_beside_weights(config: QuantConfig) -> list[str]:
+    """What files that hold weights alone do not carry: quantized activations and a noise correction."""
+    found = []
+    acts = [c.act for c in config.layers.values() if c.act != 16]
+    if acts:
+        found.append(f"activations of {len(acts)} layers are quantized here, and not by what reads this file")
+    if config.correction:
+        found.append(f"noise correction {config.correction} is not applied")
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from aquabit.exports import gguf
 from aquabit.exports.exported import Exported
 
 __all__ = ["WRITERS", "Exported", "Writer"]
@@ -18,10 +19,12 @@ __all__ = ["WRITERS", "Exported", "Writer"]
 class Writer(NamedTuple):
     """``write`` makes the file or folder, whole or not at all, never over somebody's, and returns what is
     lost or worth saying, a sentence each. ``check`` raises AquabitError where the program cannot hold what
-    is to be written, before anything is fitted; ``Exported.weights`` is empty then."""
+    is to be written, before anything is fitted; ``Exported.weights`` is empty then. ``may_replace``: whether
+    what is there already is one of ours, and may be written over."""
 
     write: Callable[[Exported, Path], list[str]]
     check: Callable[[Exported], None]
+    may_replace: Callable[[Path], bool] = lambda _: False
 
 
-WRITERS: dict[str, Writer] = {}
+WRITERS: dict[str, Writer] = {"gguf": Writer(gguf.write, gguf.check, gguf.is_ours)}
