@@ -1,0 +1,143 @@
+"""A model's folder as diffusers reads it: ``config.json`` with the program's ``quantization_config``, the
+tensors in one file, and a note of what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aquabit.exports.exported import Exported
+from aquabit.files import follow_umask, write_text, writing_folder
+from aquabit.graph import fixed_layers, rebuilt, repeated_names
+from aquabit.jsonio import read_object
+from aquabit.quant.model import storage_dtype
+from aquabit.scheme import FP, AquabitError, LayerChoice
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # the name that diffusers looks for
+NOTE = "aquabit.json"  # tells a folder that was written here, and may be written again
+DROPPED = (
+    "quantization_config",
+    "_name_or_path",
+)  # of a model's configuration: what is said anew, or of here
+
+
+def choices(exported: Exported) -> dict[str, LayerChoice]:
+    """Every place of a layer that is quantized: those that share a weight are named each."""
+    config, tied = exported.config, exported.graph.graph.get("tied", {})
+    every = {**config.layers, **{place: config[first] for place, first in tied.items()}}
+    return {name: choice for name, choice in every.items() if choice.weight != FP}
+
+
+def check_model(exported: Exported, program: str) -> None:
+    """Raise AquabitError for what a model's folder cannot hold: a model that is none of diffusers' own
+    classes or was changed after it was built, and layers that must stay dense."""
+    network = exported.network
+    if not hasattr(network, "register_to_config"):
+        raise AquabitError(
+            f"{program} reads models of diffusers' classes, and {type(network).__name__} is none of them"
+        )
+    model = rebuilt(network)
+    sizes, built = (_sizes(net) for net in (network, model or network))
+    changed = [name for name in {**sizes, **built} if sizes.get(name) != built.get(name)]
+    if changed:
+        raise AquabitError(
+            f"{type(network).__name__} was changed after it was built ({changed[0]}), and its config.json"
+            " does not say so: the folder would not load; undo that, as with unfuse_qkv_projections()"
+        )
+    found, repeated = choices(exported), repeated_names(network)
+    for name, why in fixed_layers(exported.graph).items():
+        if name in found:
+            raise AquabitError(f"layer {name!r} cannot be {found[name].weight}: {why}; it must be fp")
+    for name, choice in found.items():
+        if f"{name}.weight" in repeated:
+            raise AquabitError(
+                f"layer {name!r} is a module with two names, which {program} would take for two layers; leave"
+                f" it at fp instead of {choice.weight}"
+            )
+
+
+def _sizes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def dense_tensors(network: nn.Module, coded: Iterable[str]) -> dict[str, Tensor]:
+    """Every tensor but the weights of ``coded`` layers, at the 16 bits at which they are counted and run."""
+    left_out = {f"{name}.weight" for name in coded} | repeated_names(network)
+    return {
+        name: tensor.detach().to(storage_dtype(tensor)).cpu()
+        for name, tensor in network.state_dict().items()
+        if name not in left_out
+    }
+
+
+def write_model(
+    exported: Exported,
+    out: Path,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    to: str,
+    said: list[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder with ``described`` as its ``quantization_config``. It may take the place of one that was
+    written here for the same program; raises AquabitError where other files would be lost."""
+    network: Any = exported.network
+    model = {k: v for k, v in json.loads(network.to_json_string()).items() if k not in DROPPED}
+    note = {"to": to, "config": exported.config.digest, "said": said}
+    own = {
+        name: tensor.contiguous().clone() for name, tensor in tensors.items()
+    }  # none shares another's memory
+    with writing_folder(out, (), lambda folder: _written_here(folder, to)) as made:
+        write_text(made / "config.json", _text({**model, "quantization_config": described}))
+        write_text(made / NOTE, _text(note))
+        save_file(own, made / WEIGHTS, {"format": "pt", **(metadata or {})})
+        follow_umask(made, [made / WEIGHTS])
+
+
+def _written_here(folder: Path, to: str) -> bool:
+    """Whether a folder was written for the same program before."""
+    with suppress(AquabitError):
+        return read_object(folder / NOTE).get("to") == to
+    return False
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def losses(exported: Exported) -> list[str]:
+    """What a program of dense activations loses of a configuration, a sentence each."""
+    config, said = exported.config, list[str]()
+    rounded = [
+        name
+        for name, choice in config.layers.items()
+        if (choice.act if isinstance(choice.act, int) else min(choice.act)) < 16
+    ]
+    if rounded:
+        said.append(
+            f"the inputs of {len(rounded)} layers ({rounded[0]} first), rounded here, are not rounded there"
+        )
+    if config.correction:
+        said.append(f"noise correction {config.correction} does not act there")
+    return said
+
+
+def counted(exported: Exported, tensors: Mapping[str, Tensor]) -> str:
+    """The bytes that are written of coded layers beside those that the configuration counts."""
+    names = set(choices(exported))
+    held = sum(t.numel() * t.element_size() for k, t in tensors.items() if _owner(k, names))
+    ours = sum(weight.nbytes for weight in exported.weights.values())
+    return f"the weights of {len(names)} layers take {held:,} bytes; the configuration counts {ours:,}"
+
+
+def _owner(key: str, names: set[str]) -> bool:
+    """Whether a stored tensor is one of a coded layer's weight."""
+    parts = key.split(".")
+    return not key.endswith(".bias") and any(".".join(parts[:n]) in names for n in range(1, len(parts)))
