@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said_before_anything_is_fitted(
             workflows.export_files(dit, config, to, out, bank=str(bank))
 
     refused(good, "nothing", f"'nothing' is unknown; known: {', '.join(TARGETS)}; with weights: .*mine")
-    refused(good, "torchao", "torchao gets a configuration, not files")
+    refused(good, "quanto", "quanto gets a configuration, not files")
     refused(QuantConfig("other", good.layers), "mine", "is for model other")
     refused(QuantConfig(good.fingerprint, {"x": LayerChoice(Scheme.parse("int4"), 16)}), "mine", "layer 'x'")
     assert not written and not bank.exists()

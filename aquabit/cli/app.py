@@ -422,7 +422,16 @@ def export(
     model: options.Model,
     source: groups.Source,
     config: options.ConfigFile,
-    to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt: a configuration.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help=(
+                "gguf, sdnq, bitsandbytes or torchao: files with weights; torchao with a name in .json,"
+                " quanto or modelopt: a configuration."
+            ),
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -439,13 +448,13 @@ def export(
 ) -> None:
     """A configuration for another library, or files with weights for another program, with what is lost on
     the way."""
-    from aquabit.exports import WRITERS, check_known, export_config
+    from aquabit.exports import check_known, export_config, with_weights
     from aquabit.pipelines import load, network_of, trace
     from aquabit.quant.model import check_fingerprint
 
     check_known(to)
     reference, chosen = source.of(model), QuantConfig.load(config)
-    if to in WRITERS:
+    if with_weights(to, out):
         from aquabit.workflows import export_files
 
         folder = str(bank) if bank else None

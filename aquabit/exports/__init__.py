@@ -10,6 +10,7 @@ weights are entered in ``files.WRITERS``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquabit.exports import modelopt, quanto, torchao
@@ -27,7 +28,7 @@ from aquabit.exports.statement import (
 from aquabit.graph import LayerGraph, layers
 from aquabit.scheme import AquabitError, LayerChoice, QuantConfig
 
-__all__ = ["TARGETS", "WRITERS", "Export", "LayerExport", "check_known", "export_config"]
+__all__ = ["TARGETS", "WRITERS", "Export", "LayerExport", "check_known", "export_config", "with_weights"]
 
 
 class Target(NamedTuple):
@@ -49,6 +50,12 @@ def check_known(to: str) -> None:
     if to not in {*TARGETS, *WRITERS}:
         files = f"; with weights: {', '.join(WRITERS)}" if WRITERS else ""
         raise AquabitError(f"export to {to!r} is unknown; known: {', '.join(TARGETS)}{files}")
+
+
+def with_weights(to: str, out: str | Path) -> bool:
+    """Whether files with weights are asked for: a program that gets a configuration, too, gets that where
+    the output's name ends in .json."""
+    return to in WRITERS and (to not in TARGETS or Path(out).suffix != ".json")
 
 
 def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:

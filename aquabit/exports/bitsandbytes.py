@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aquabit.exports.exported import Exported
-from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, losses, write_model
+from aquabit.exports.exported import Exported, lost_beside_weights
+from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, write_model
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.coded_scale import CodedScale, coded_values
 from aquabit.kernels.fixed_levels import table
@@ -89,7 +89,7 @@ def write(exported: Exported, out: Path) -> list[str]:
         dtype = modules[place].weight.dtype
         own = stored(exported.weights[place], dtype)
         tensors |= {f"{name}.{part}": tensor for part, tensor in own.items()}
-    said = [counted(exported, tensors), *losses(exported)]
+    said = [counted(exported, tensors), *lost_beside_weights(exported.config)]
     nested = bool(found) and all(choice.weight.nested for choice in found.values())
     described = _described(_dense(exported, found), nested)
     write_model(exported, out, described, tensors, to=METHOD, said=said)

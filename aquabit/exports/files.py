@@ -7,11 +7,14 @@ A writer is a module with ``write`` and ``check``, entered in ``WRITERS``; it ta
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-from aquabit.exports import gguf
+from aquabit.exports import bitsandbytes, gguf, sdnq, torchao_files
 from aquabit.exports.exported import Exported
+from aquabit.exports.model_folder import is_ours
 
 __all__ = ["WRITERS", "Exported", "Writer"]
 
@@ -27,4 +30,14 @@ class Writer(NamedTuple):
     may_replace: Callable[[Path], bool] = lambda _: False
 
 
-WRITERS: dict[str, Writer] = {"gguf": Writer(gguf.write, gguf.check, gguf.is_ours)}
+def _folders(program: ModuleType) -> Writer:
+    """A program that reads folders as diffusers has them."""
+    return Writer(program.write, program.check, partial(is_ours, to=program.METHOD))
+
+
+WRITERS: dict[str, Writer] = {
+    "gguf": Writer(gguf.write, gguf.check, gguf.is_ours),
+    "sdnq": _folders(sdnq),
+    "bitsandbytes": _folders(bitsandbytes),
+    "torchao": _folders(torchao_files),
+}

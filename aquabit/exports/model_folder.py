@@ -94,15 +94,15 @@ def write_model(
     own = {
         name: tensor.contiguous().clone() for name, tensor in tensors.items()
     }  # none shares another's memory
-    with writing_folder(out, (), lambda folder: _written_here(folder, to)) as made:
+    with writing_folder(out, (), lambda folder: is_ours(folder, to)) as made:
         write_text(made / "config.json", _text({**model, "quantization_config": described}))
         write_text(made / NOTE, _text(note))
         save_file(own, made / WEIGHTS, {"format": "pt", **(metadata or {})})
         follow_umask(made, [made / WEIGHTS])
 
 
-def _written_here(folder: Path, to: str) -> bool:
-    """Whether a folder was written for the same program before."""
+def is_ours(folder: Path, to: str) -> bool:
+    """Whether a folder was written here for the same program, and may be written again."""
     with suppress(AquabitError):
         return read_object(folder / NOTE).get("to") == to
     return False
@@ -110,23 +110,6 @@ def _written_here(folder: Path, to: str) -> bool:
 
 def _text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
-
-
-def losses(exported: Exported) -> list[str]:
-    """What a program of dense activations loses of a configuration, a sentence each."""
-    config, said = exported.config, list[str]()
-    rounded = [
-        name
-        for name, choice in config.layers.items()
-        if (choice.act if isinstance(choice.act, int) else min(choice.act)) < 16
-    ]
-    if rounded:
-        said.append(
-            f"the inputs of {len(rounded)} layers ({rounded[0]} first), rounded here, are not rounded there"
-        )
-    if config.correction:
-        said.append(f"noise correction {config.correction} does not act there")
-    return said
 
 
 def counted(exported: Exported, tensors: Mapping[str, Tensor]) -> str:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from aquabit.exports.bit_places import PLACES, pack
-from aquabit.exports.exported import Exported
-from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, losses, write_model
+from aquabit.exports.exported import Exported, lost_beside_weights
+from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, write_model
 from aquabit.kernels.codebook import CodebookWeight, Scale
 from aquabit.kernels.coded_scale import CodedScale
 from aquabit.scheme import AquabitError, Scheme
@@ -113,7 +113,7 @@ def write(exported: Exported, out: Path) -> list[str]:
         assert isinstance(own, Form)
         forms[name] = own
         tensors |= {f"{name}.{part}": t for part, t in stored(weight, own).items()}
-    said = [counted(exported, tensors), *losses(exported)]
+    said = [counted(exported, tensors), *lost_beside_weights(exported.config)]
     write_model(exported, out, _described(exported, forms), tensors, to=METHOD, said=said)
     return said
 

@@ -25,16 +25,16 @@ def layer(choice: LayerChoice, node: Node) -> Form:
             lost.append("one range for each output channel and tap, not for each output channel")
         if shape[1] == 1:
             return Form(None, "fp", ["convolution of one input channel: a range would hold one weight"])
-        return Form(_weight_only(bits, None), f"int{bits}, a16", lost)
+        return Form(weight_only(bits, None), f"int{bits}, a16", lost)
     lost += uneven_groups(scheme, row)
     where = "" if group is None else f" in groups of {group}"
     if act >= 16:
-        return Form(_weight_only(bits, group), f"int{bits}{where}, a16", lost)
+        return Form(weight_only(bits, group), f"int{bits}{where}, a16", lost)
     if act != 8:
         lost.append(f"input at 8 bits instead of {act}")
     data = {
         "weight_dtype": _dtype(bits),
-        "weight_granularity": _granularity(group),
+        "weight_granularity": granularity(group),
         "weight_mapping_type": _enum("MappingType", "ASYMMETRIC"),
         "weight_scale_dtype": None,
         "act_mapping_type": _enum("MappingType", "ASYMMETRIC"),
@@ -47,11 +47,12 @@ def layer(choice: LayerChoice, node: Node) -> Form:
     )
 
 
-def _weight_only(bits: int, group: int | None) -> dict[str, Any]:
+def weight_only(bits: int, group: int | None, symmetric: bool = False) -> dict[str, Any]:
+    """A weight of whole numbers with a scale for each output, or for each group of inputs."""
     data = {
         "weight_dtype": _dtype(bits),
-        "granularity": _granularity(group),
-        "mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        "granularity": granularity(group),
+        "mapping_type": _enum("MappingType", "SYMMETRIC" if symmetric else "ASYMMETRIC"),
         "scale_dtype": None,
         **_PACKING,
     }
@@ -66,7 +67,8 @@ def _dtype(bits: int) -> dict[str, str]:
     return _enum("torch.dtype", f"int{bits}")
 
 
-def _granularity(group: int | None) -> dict[str, Any]:
+def granularity(group: int | None) -> dict[str, Any]:
+    """Weights that share a scale: those of an output, or of a group of its inputs."""
     if group is None:
         return {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}}
     return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group}}
