@@ -12,7 +12,6 @@ from unittest.mock import patch
 import diffusers as d
 import torch
 from diffusers.loaders import single_file_model, single_file_utils
-from torch import nn
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
@@ -217,7 +216,12 @@ def z_image() -> Any:
 
 def qwen_image() -> Any:
     return d.QwenImageTransformer2DModel(
-        **HEADS, in_channels=32, out_channels=8, num_layers=2, joint_attention_dim=32, axes_dims_rope=(8, 4, 4)
+        **HEADS,
+        in_channels=32,
+        out_channels=8,
+        num_layers=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 4, 4),
     )
 
 
@@ -258,7 +262,7 @@ def made(name: str, seed: int = 0) -> Any:
 
 
 @contextmanager
-def own_sizes(network: nn.Module) -> Any:
+def own_sizes(network: Any) -> Any:
     """diffusers' loader, which takes the sizes of published models for granted, with this one's in their
     place."""
     name = type(network).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aquabit.exports.gguf_names import ARCHITECTURES, reference_names
+from aquabit.exports.gguf_names import reference_names
 from tests.exports.networks import NETWORKS, loaded, made
 
 
@@ -22,7 +22,11 @@ def test_diffusers_takes_the_names_apart(name: str, tmp_path: Path) -> None:
     assert sorted(p for place in places for p in place.parts) == sorted(state)
     file = {}
     for place in places:
-        rows = torch.cat([state[part] for part in place.parts]) if len(place.parts) > 1 else state[place.parts[0]]
+        rows = (
+            torch.cat([state[part] for part in place.parts])
+            if len(place.parts) > 1
+            else state[place.parts[0]]
+        )
         file[place.name] = torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows.clone()
     again = loaded(network, file, tmp_path).state_dict()
     assert set(again) == set(state)
