@@ -427,7 +427,7 @@ def export(
         typer.Option(
             "--to",
             help=(
-                "gguf, sdnq, bitsandbytes or torchao: files with weights; torchao with a name in .json,"
+                "gguf, sdnq, bitsandbytes, torchao or comfy: files with weights; torchao (a name in .json),"
                 " quanto or modelopt: a configuration."
             ),
         ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from aquabit.exports import bitsandbytes, gguf, sdnq, torchao_files
+from aquabit.exports import bitsandbytes, comfy, gguf, sdnq, torchao_files
 from aquabit.exports.exported import Exported
 from aquabit.exports.model_folder import is_ours
 
@@ -40,4 +40,5 @@ WRITERS: dict[str, Writer] = {
     "sdnq": _folders(sdnq),
     "bitsandbytes": _folders(bitsandbytes),
     "torchao": _folders(torchao_files),
+    "comfy": Writer(comfy.write, comfy.check, comfy.is_ours),
 }

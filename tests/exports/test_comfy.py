@@ -1,0 +1,166 @@
+"""Files for ComfyUI: comfy-kitchen, by which ComfyUI decodes them, makes our weights of them to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from aquabit.exports.comfy import METADATA, check, is_ours, tiled, write
+from aquabit.graph import layers, trace
+from aquabit.quant.model import fingerprint
+from aquabit.quant.weights import quantize_weight
+from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme
+from tests.exports.networks import flux, sdxl
+from tests.exports.small_models import Case, Exported, case, refused, small_dit, small_unet
+
+LIBRARY = "comfy-kitchen is not installed; ComfyUI decodes by it"
+EACH = ("fp8", "nvfp4", "int8")
+
+
+def linear(i: int, name: str, shape: tuple[int, ...]) -> str:
+    """A scheme for a Linear layer, so that all occur; one stays dense."""
+    scheme = EACH[i % len(EACH)]
+    if len(shape) == 4 or i == 4:
+        return "fp"
+    return "int8" if scheme == "nvfp4" and any(size % 16 for size in shape) else scheme
+
+
+@pytest.fixture(params=[small_dit, small_unet], ids=["dit", "unet"])
+def made(request: pytest.FixtureRequest) -> Case:
+    return case(request.param(), linear, again=request.param())
+
+
+def decoded(file: dict[str, torch.Tensor], layer: str, kind: str) -> torch.Tensor:
+    """A layer's weight in float32, by the layout that ComfyUI enters for its format."""
+    ck = pytest.importorskip("comfy_kitchen.tensor", reason=LIBRARY)
+    weight, scale = file[f"{layer}.weight"], file[f"{layer}.weight_scale"]
+    shape = tuple(weight.shape)
+    if kind == "nvfp4":
+        layout = ck.TensorCoreNVFP4Layout
+        shape = (shape[0], 2 * shape[1])
+        over = file[f"{layer}.weight_scale_2"]
+        params = layout.Params(scale=over, orig_dtype=torch.float32, orig_shape=shape, block_scale=scale)
+    else:
+        layout = {"float8_e4m3fn": ck.TensorCoreFP8Layout, "int8_tensorwise": ck.TensorWiseINT8Layout}[kind]
+        params = layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=shape)
+    found: torch.Tensor = layout.dequantize(weight, params)
+    return found
+
+
+def header(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()[METADATA])
+    return found
+
+
+def test_what_it_decodes_is_our_weight(made: Case, tmp_path: Path) -> None:
+    check(made.exported)
+    out = tmp_path / "model.safetensors"
+    said = write(made.exported, out)
+    about, file = header(out), load_file(out)
+    assert about["format_version"] == "1.0" and about["layers"].keys() == made.decoded.keys()
+    assert {row["format"] for row in about["layers"].values()} == {
+        "float8_e4m3fn",
+        "nvfp4",
+        "int8_tensorwise",
+    }
+    assert all(row["full_precision_matrix_mult"] for row in about["layers"].values())
+    for name, weight in made.decoded.items():
+        assert torch.equal(decoded(file, name, about["layers"][name]["format"]), weight), name
+    assert "its own names: ComfyUI knows no such model" in said[0]
+    dense = {
+        k: t for k, t in made.reference.state_dict().items() if k.removesuffix(".weight") not in made.decoded
+    }
+    assert all(torch.equal(file[k].float(), t.float()) for k, t in dense.items())
+
+
+def uniform(net: Any, chosen: Callable[[str, tuple[int, ...]], str], act: int = 16) -> Exported:
+    """Linear layers by ``chosen``, whatever it names that is not ``fp``."""
+    graph = trace(net)
+    found = {
+        n: chosen(n, tuple(node["shape"])) for n, node in layers(graph).items() if node["kind"] == "linear"
+    }
+    choices = {n: LayerChoice(Scheme.parse(s), act) for n, s in found.items() if s != "fp"}
+    state = net.state_dict()
+    weights = {n: quantize_weight(state[f"{n}.weight"], c.weight) for n, c in choices.items()}
+    return Exported(net, QuantConfig(fingerprint(net), choices), graph, weights)
+
+
+@pytest.mark.parametrize("build", [flux, sdxl])
+def test_published_names_and_joined_rows(build: Callable[[], Any], tmp_path: Path) -> None:
+    """Flux has q, k and v in one tensor, and the last scales and shifts the other way round."""
+    torch.manual_seed(0)
+    net = build().eval()
+    exported = uniform(net, lambda *_: "int8", act=8)
+    check(exported)
+    said = write(exported, tmp_path / "f.safetensors")
+    about, file = header(tmp_path / "f.safetensors"), load_file(tmp_path / "f.safetensors")
+    assert "with the published names" in said[0] and "activations of" in said[1]
+    assert not any("full_precision_matrix_mult" in row for row in about["layers"].values())
+    names = (
+        {"double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1"}
+        if build is flux
+        else {"model.diffusion_model.input_blocks.4.1.proj_in"}
+    )
+    assert names <= about["layers"].keys()
+    from aquabit.exports.gguf_names import reference_names
+
+    found = reference_names(type(net).__name__, list(net.state_dict()))
+    assert found is not None
+    for place in found[1]:
+        parts = [part.removesuffix(".weight") for part in place.parts]
+        if parts[0] not in exported.weights:
+            continue
+        rows = torch.cat([exported.weights[part].dequantize() for part in parts])
+        wanted = torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
+        assert torch.equal(decoded(file, place.name.removesuffix(".weight"), "int8_tensorwise"), wanted)
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (128, 4), (130, 5), (300, 12)])
+def test_scales_lie_as_tensor_cores_take_them(shape: tuple[int, int]) -> None:
+    scales = torch.randint(0, 120, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    pytest.importorskip("comfy_kitchen.float_utils", reason=LIBRARY)
+    from comfy_kitchen.float_utils import to_blocked
+
+    assert torch.equal(tiled(scales), to_blocked(scales, flatten=False))
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "scheme", "why"),
+    [
+        (small_unet, "conv_in", "int8", "ComfyUI quantizes Linear layers"),
+        (small_dit, "proj_out_1", "int4g64", "ComfyUI's formats are fp8, nvfp4, int8"),
+        (small_dit, "proj_out_1", "fp8c", "ComfyUI's formats are fp8, nvfp4, int8"),
+        (small_dit, "proj_out_2", "nvfp4", "rows and inputs of [4, 128] must be multiples of 16"),
+        (flux, "transformer_blocks.0.attn.to_q", "int8", "they are one tensor of ComfyUI's"),
+        (small_dit, "proj_out_1", "nvfp4", ""),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(build: Any, layer: str, scheme: str, why: str) -> None:
+    said = refused(check, build(), layer, scheme)
+    assert why in said and bool(said) == bool(why)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+def test_layers_of_one_tensor_share_no_scale_of_their_own(scheme: str) -> None:
+    def chosen(name: str, shape: tuple[int, ...]) -> str:
+        return scheme if name.startswith("transformer_blocks.0.attn.to_") else "fp"
+
+    with pytest.raises(AquabitError, match=r"to_k .*img_attn\.qkv.* together they can be int8 or fp"):
+        check(uniform(flux(), chosen))
+
+
+def test_only_files_of_ours_are_replaced(made: Case, tmp_path: Path) -> None:
+    out = tmp_path / "f.safetensors"
+    write(made.exported, out)
+    assert is_ours(out)
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("not one")
+    assert not is_ours(tmp_path / "other.safetensors") and not is_ours(tmp_path / "text")
