@@ -504,6 +504,33 @@ def given_configuration() -> Target:
 # ---- targets: files
 
 
+def gguf_file() -> Target:
+    """What ``search --against`` reads of a GGUF file; what is accepted lies in the file."""
+    import networkx as nx
+
+    from aquabit.exports.gguf_file import Written, read_file, write_file
+    from aquabit.exports.gguf_reader import read
+
+    graph = nx.DiGraph()
+    graph.add_node("a", kind="linear", shape=(4, 64), depth=0)
+    graph.add_node("b", kind="conv", shape=(2, 32, 1, 1), depth=1)
+    with written(b"", "net.gguf") as path:
+        blocks = Written("a.weight", "Q4_0", (4, 64), lambda: torch.zeros(144, dtype=torch.uint8))
+        conv = Written("b.weight", "Q8_0", (2, 32), lambda: torch.zeros(68, dtype=torch.uint8))
+        values = {"general.architecture": "x", "comfy.gguf.orig_shape.b.weight": (2, 32, 1, 1), "n": 3}
+        write_file(path, values, [blocks, conv])
+        good = path.read_bytes()
+
+    def use(data: bytes) -> None:
+        with written(data, "net.gguf") as path:
+            config, file = read(path, graph, "f"), read_file(path)
+            for name, one in file.tensors.items():
+                same(len(file.bytes_of(name)), one.nbytes, "a tensor's bytes")
+        same(set(config.layers), {"a", "b"}, "layers")
+
+    return Target("GGUF file", lambda r: flipped(good, r), use)
+
+
 def study_file() -> Target:
     """A study with a value of a row, or a bit of the file, changed; read by all that reads one."""
     from aquabit.study import Study
@@ -1034,6 +1061,7 @@ MAKERS: tuple[Callable[[], Target], ...] = (
     stored_values,
     finetuning_settings,
     given_configuration,
+    gguf_file,
     study_file,
     bank_file,
     noise_file,

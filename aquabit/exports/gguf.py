@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import aquabit
 from aquabit.exports.exported import Exported, lost_beside_weights
 from aquabit.exports.gguf_blocks import FIELDS, to_blocks
-from aquabit.exports.gguf_file import PLAIN, Value, Written, read_file, write_file
+from aquabit.exports.gguf_file import PLAIN, SHAPE, Value, Written, read_file, write_file
 from aquabit.exports.gguf_names import ARCHITECTURES, Place, reference_names
 from aquabit.exports.sd_cpp_rules import sentences
 from aquabit.graph import layers
@@ -30,7 +30,6 @@ from aquabit.scheme import FP, AquabitError, Scheme
 
 OWN = "aquabit"  # the architecture of what no other program knows
 WRITER = "general.quantized_by"  # how a file of ours is known
-SHAPE = "comfy.gguf.orig_shape."  # before a name: the shape, where blocks need another (ComfyUI-GGUF)
 # ggml's GGML_MAX_NAME is 64, closing zero included; stable-diffusion.cpp builds it with 128, and the
 # converter of ComfyUI-GGUF takes names of up to 127
 LONGEST_NAME, SHORT_NAME = 127, 63

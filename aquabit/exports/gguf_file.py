@@ -23,6 +23,7 @@ from aquabit.errors import AquabitError
 from aquabit.files import writing
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+SHAPE = "comfy.gguf.orig_shape."  # before a name: the shape, where blocks need another (ComfyUI-GGUF)
 READ_VERSIONS = (2, 3)  # the first had other widths
 
 
@@ -177,6 +178,15 @@ class GGUFFile:
         return np.memmap(self.path, np.uint8, "r", one.place, (one.nbytes,))
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def read_file(path: str | Path) -> GGUFFile:
     """What a GGUF file says it holds. Raises AquabitError, naming the file and the place, where it is no
     GGUF file, is cut off, or says what cannot be."""
@@ -190,7 +200,13 @@ def read_file(path: str | Path) -> GGUFFile:
 
 MOST_DIMENSIONS = 8  # more than any program writes
 LONGEST = 1 << 16  # bytes of a name; ggml's are below 64, or 128 where it is built so
+LONGEST_QUOTED = 160  # characters of a name
 MOST_KEPT = 1 << 12  # numbers of an array that are kept; longer ones (vocabularies) are passed over
+
+
+def _short(name: str) -> str:
+    """A name that a file says, as it is quoted."""
+    return repr(name if len(name) <= LONGEST_QUOTED else name[:LONGEST_QUOTED] + "...")
 
 
 class _Reader:
@@ -225,7 +241,7 @@ class _Reader:
         for name, one in placed.items():
             if one.place + one.nbytes > self.size:
                 raise self._wrong(
-                    f"tensor {name!r} ends at byte {one.place + one.nbytes:,}, and the file has"
+                    f"tensor {_short(name)} ends at byte {one.place + one.nbytes:,}, and the file has"
                     f" {self.size:,}: it is cut off"
                 )
         return GGUFFile(self.path, named, placed)
@@ -233,35 +249,39 @@ class _Reader:
     def _tensor(self, name: str, alignment: int) -> Stored:
         dimensions = self._number("I")
         if dimensions > MOST_DIMENSIONS:
-            raise self._wrong(f"tensor {name!r} has {dimensions:,} dimensions; at most {MOST_DIMENSIONS}")
+            raise self._wrong(
+                f"tensor {_short(name)} has {dimensions:,} dimensions; at most {MOST_DIMENSIONS}"
+            )
         shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
         number, place = self._number("I"), self._number("Q")
         if number not in NUMBERS:
-            raise self._wrong(f"tensor {name!r} has type {number}, which is unknown")
+            raise self._wrong(f"tensor {_short(name)} has type {number}, which is unknown")
         kind = NUMBERS[number]
         row = shape[-1] if shape else 1
         if row % KINDS[kind].weights:
             raise self._wrong(
-                f"tensor {name!r} has rows of {row} weights; {kind} has blocks of {KINDS[kind].weights}"
+                f"tensor {_short(name)} has rows of {row} weights; {kind} has blocks of {KINDS[kind].weights}"
             )
         if place % alignment:
-            raise self._wrong(f"tensor {name!r} begins at byte {place:,}, no multiple of {alignment}")
+            raise self._wrong(f"tensor {_short(name)} begins at byte {place:,}, no multiple of {alignment}")
         return Stored(kind, shape, place)
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == STRING:
-            return self._string(f"the value of {key}", 1 << 24)
+            return self._string(f"the value of {_short(key)}", 1 << 24)
         if kind in SCALARS:
             return self._number(SCALARS[kind])
         if kind != ARRAY:
-            raise self._wrong(f"the value of {key!r} has type {kind}, which is unknown")
+            raise self._wrong(f"the value of {_short(key)} has type {kind}, which is unknown")
         inner, count = self._number("I"), self._number("Q")
         if inner == STRING:
             for _ in range(count):
                 self._skip(self._number("Q"))
             return None
         if inner not in SCALARS:
-            raise self._wrong(f"the array {key!r} has elements of type {inner}; numbers and texts are known")
+            raise self._wrong(
+                f"the array {_short(key)} has elements of type {inner}; numbers and texts are known"
+            )
         if count > MOST_KEPT:
             self._skip(count * SIZES[inner])
             return None
@@ -294,7 +314,7 @@ class _Reader:
 
     def _add(self, found: dict[str, Any], name: str, value: Any, what: str) -> None:
         if name in found:
-            raise self._wrong(f"{what} {name!r} is there twice")
+            raise self._wrong(f"{what} {_short(name)} is there twice")
         found[name] = value
 
     def _wrong(self, why: str) -> AquabitError:

@@ -29,6 +29,13 @@ def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
     return config
 
 
+def within_space(config: QuantConfig, space: SearchSpace) -> QuantConfig:
+    """A configuration that was read from weights as one of a study: layers that are excluded there stay
+    ``fp``, images are made as there."""
+    pinned = {layer for layer, row in space.choices.items() if row == (FP,)}
+    return space.config({k: LayerChoice() if k in pinned else c for k, c in config.layers.items()})
+
+
 def _of_modelopt(rules: Any, space: SearchSpace, source: str) -> QuantConfig:
     """The last rule that names a layer's weight quantizer counts, as in ModelOpt."""
     entries = _entries(rules, source)
