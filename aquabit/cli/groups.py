@@ -323,8 +323,8 @@ class Searching:
             "--against",
             metavar="FILE",
             help=(
-                "A configuration that the winner must not lose to: config.json, ModelOpt's quant_cfg, or a"
-                " GGUF file of the model; may be repeated."
+                "A configuration that the winner must not lose to: config.json, ModelOpt's quant_cfg, a GGUF"
+                " file of the model, a folder of SDNQ, bitsandbytes or torchao; may be repeated."
             ),
         ),
     ] = None
@@ -370,18 +370,18 @@ class Searching:
 
     def options(self, budget: Budget, study: Study) -> SearchOptions:
         """As a value; configurations are read for the study's space."""
-        from aquabit.exports.gguf_file import is_gguf
-        from aquabit.exports.gguf_reader import read
+        from aquabit.exports.readers import reader_of
         from aquabit.graph import from_json
         from aquabit.search.given_configs import read_given, within_space
         from aquabit.search.search_options import SearchOptions
         from aquabit.space import SearchSpace
 
         def read_rival(path: Path) -> QuantConfig:
-            if not is_gguf(path):
+            read = reader_of(path)
+            if read is None:
                 return read_given(path, space)
             graph = from_json(study.need("graph", "it is damaged"), f"the graph of {study.path}")
-            return within_space(read(path, graph, space.fingerprint), space)
+            return within_space(read(graph, space.fingerprint), space)
 
         space = SearchSpace.from_dict(study.need("space", "run `aquabit measure MODEL --study` first"))
         rivals = [(path.name, read_rival(path)) for path in self.against or ()]
