@@ -49,9 +49,9 @@ class Form(NamedTuple):
 def form(scheme: Scheme, shape: tuple[int, ...]) -> Form | str:
     """SDNQ's form of a weight [out, in] or [out, in, kh, kw], or why it has none."""
     inputs, group, bits = shape[1], scheme.group, scheme.bits
-    dtype = _dtype(scheme)
-    if dtype is None:
-        return f"SDNQ has no format for {scheme}"
+    dtype, why = _dtype(scheme), scheme.refuses(shape)
+    if dtype is None or why is not None:
+        return why or f"SDNQ has no format for {scheme}"
     places = PLACES.get(_packed_bits(dtype))
     if places is not None and prod(shape) % places.codes:
         return f"SDNQ packs {places.codes} codes of {bits} bits together, and {prod(shape)} are no multiple"
