@@ -422,7 +422,10 @@ def export(
     model: options.Model,
     source: groups.Source,
     config: options.ConfigFile,
-    to: Annotated[str, typer.Option("--to", help="torchao, quanto or modelopt: a configuration.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="torchao, quanto, modelopt: a configuration; gguf: files with weights."),
+    ],
     out: Annotated[
         Path,
         typer.Option(
