@@ -13,13 +13,16 @@ from typer.testing import CliRunner
 
 from aquabit import packing, workflows
 from aquabit.cli.app import app
+from aquabit.cli.groups import Searching
 from aquabit.exports.gguf_blocks import FIELDS
 from aquabit.exports.gguf_file import read_file
 from aquabit.exports.gguf_reader import read, read_weights
-from aquabit.graph import layers
+from aquabit.graph import layers, to_json
 from aquabit.pipelines import load, network_of, trace
 from aquabit.quant.model import fingerprint
-from aquabit.scheme import AquabitError, Calibration, LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import FP, AquabitError, Budget, Calibration, LayerChoice, Protocol, QuantConfig, Scheme
+from aquabit.space import make_space
+from aquabit.study import Study
 from tests.tiny_pipelines import randomised, sd3
 
 gguf = pytest.importorskip("gguf")
@@ -110,3 +113,22 @@ def test_what_the_target_cannot_hold_is_said_before_anything_is_fitted(tmp_path:
     with pytest.raises(AquabitError, match=f"layer '{name}' is usq4, which a GGUF file cannot hold"):
         workflows.export_files(pipe, wrong, "gguf", tmp_path / "net.gguf", bank=str(bank))
     assert not bank.exists()
+
+
+def test_a_search_takes_a_file_as_a_rival(tmp_path: Path) -> None:
+    pipe, path = randomised(sd3), tmp_path / "net.gguf"
+    config, graph = mixed(pipe, fp="conv"), trace(pipe)
+    workflows.export_files(pipe, config, "gguf", path, bank=str(tmp_path / "bank"))
+    left = next(iter(config.layers))
+    space = make_space(graph, config.fingerprint, "toy", schemes=["usq2h", "usq4h"], excluded=[left])
+    study = Study(tmp_path / "s.db")
+    study.begin("toy", config.fingerprint, to_json(graph), space.to_dict(), Protocol())
+    asked = Searching(against=[path]).options(Budget(bits=4), study)
+    ((name, rival),) = asked.against
+    assert name == "net.gguf" and rival.fingerprint == config.fingerprint
+    assert rival[left].weight == FP
+    assert all(rival[n] == choice for n, choice in config.layers.items() if n != left)
+    space.check(rival, extra_schemes=True)
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(AquabitError, match=r"net.gguf cannot be read as GGUF: it ends at byte 400"):
+        Searching(against=[path]).options(Budget(bits=4), study)
