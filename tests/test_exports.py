@@ -202,7 +202,11 @@ def test_the_command_line_exports_and_says_what_is_wrong(tmp_path) -> None:
     )
     assert json.loads(out.read_text())["config"] == {FF: {"weights": "qint4", "activations": "none"}}
     for arguments, said in (
-        (["digits-dit", str(config), "--to", "gguf"], "known: torchao, quanto, modelopt"),
+        (["digits-dit", str(config), "--to", "ggml"], "known: torchao, quanto, modelopt; with weights: gguf"),
+        (
+            ["digits-dit", str(config), "--to", "quanto", "--bank", "b"],
+            "--bank changes nothing with --to quanto, which fits the weights itself",
+        ),
         (["digits-unet", str(config), "--to", "quanto"], f"the configuration is for model {own}"),
     ):
         wrong = CliRunner().invoke(app, ["export", *arguments, "--out", str(out)])

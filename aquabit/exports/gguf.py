@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import aquabit
 from aquabit.exports.exported import Exported, lost_beside_weights
 from aquabit.exports.gguf_blocks import FIELDS, to_blocks
 from aquabit.exports.gguf_file import PLAIN, SHAPE, Value, Written, read_file, write_file
@@ -143,7 +142,7 @@ def write(exported: Exported, out: Path) -> list[str]:
     values |= {
         "general.quantization_version": QUANTIZATION_VERSION,
         "general.file_type": FILE_TYPES.get(most, FILE_TYPES["F16"]),
-        WRITER: f"aquabit {aquabit.__version__}",
+        WRITER: OWN,
         "aquabit.config": exported.config.digest,
     }
     write_file(out, values, tensors)
@@ -163,7 +162,7 @@ def _scheme(exported: Exported, tensor: str) -> Scheme:
 def is_ours(path: Path) -> bool:
     """Whether a file is a GGUF file that was written here, and may be replaced."""
     try:
-        return str(read_file(path).values.get(WRITER, "")).startswith("aquabit ")
+        return read_file(path).values.get(WRITER) == OWN
     except AquabitError:
         return False
 

@@ -114,6 +114,7 @@ REACHED: dict[str, tuple[str, str]] = {  # functions that take too long, and wha
     "validate": ("aquabit.workflows:validate_study", "sensitivity"),
     "search": ("aquabit.workflows:search", "front"),
     "quantize": ("aquabit.packing:quantize", "stop"),
+    "export_files": ("aquabit.workflows:export_files", "stop"),
     "generate": ("aquabit.packing:generate", "stop"),
     "convert": ("aquabit.pipelines:convert_ldm4", "pipe"),
     "report": ("aquabit.reports:report", "nothing"),
@@ -180,6 +181,7 @@ def edited(words: str, key: str, first: str = "") -> dict[str, Row]:
     }
 
 
+TO_FILES = "pipe config.json --to gguf --out {here}/e.gguf"
 WEAK = "edit --space edit.json --images 2 --steps 3 --workers 1 --samples 0 --study weak.db"
 EDIT = "edit --space edit.json --images 2 --steps 3 --workers 1 --samples 0 --study {here}/s.db"
 ROWS: dict[str, dict[str, Row]] = {
@@ -297,8 +299,8 @@ ROWS: dict[str, dict[str, Row]] = {
         "--lora": Row("--lora lora.safetensors", "", refused="this is model"),
         "--component": SOURCE["--component"],
         "--to": Row("--to quanto", "files"),
-        "--device": Row("--device meta", "", refused="--device changes nothing with --to torchao"),
-        "--bank": Row("--bank elsewhere", "", refused="--bank changes nothing with --to torchao"),
+        "--device": Row("--device meta", "reached", words=TO_FILES, reach="export_files"),
+        "--bank": Row("--bank elsewhere", "reached", words=TO_FILES, reach="export_files"),
         "--out": Row("--out {here}/f.json", "files"),
         "--json": Row("--json {here}/x.json", "files"),
     },
