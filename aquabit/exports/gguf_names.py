@@ -100,6 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {  # by diffusers' class
     "HiDreamImageTransformer2DModel": Architecture("hidream", "", True),
     "CosmosTransformer3DModel": Architecture("cosmos", tables.COSMOS),
     "LTXVideoTransformer3DModel": Architecture("ltxv", tables.LTX, True),
+    "LTX2VideoTransformer3DModel": Architecture("ltxv", tables.LTX2, True),
     "HunyuanVideoTransformer3DModel": Architecture("hyvid", tables.HUNYUAN_VIDEO, split=("linear1", 3072)),
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": _WAN,
@@ -108,6 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {  # by diffusers' class
     "Lumina2Transformer2DModel": Architecture("lumina2", tables.LUMINA2, split=("qkv", 2304)),
     "ZImageTransformer2DModel": Architecture("lumina2", tables.Z_IMAGE, True),
     "QwenImageTransformer2DModel": Architecture("qwen_image", "", True),
+    "QwenImage21Transformer2DModel": Architecture("qwen_image", tables.QWEN_IMAGE21, True),
 }
 
 

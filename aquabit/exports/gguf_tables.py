@@ -321,3 +321,29 @@ norm_out.linear_2      final_layer.adaln_modulation.2
 proj_out               final_layer.linear
 """
 CHROMA += FLUX
+LTX2 = """
+@ transformer_blocks.#.attn1 transformer_blocks.#.attn1
+@ transformer_blocks.#.attn2 transformer_blocks.#.attn2
+@ transformer_blocks.#.audio_attn1 transformer_blocks.#.audio_attn1
+@ transformer_blocks.#.audio_attn2 transformer_blocks.#.audio_attn2
+@ transformer_blocks.#.audio_to_video_attn transformer_blocks.#.audio_to_video_attn
+@ transformer_blocks.#.video_to_audio_attn transformer_blocks.#.video_to_audio_attn
+norm_q  q_norm
+norm_k  k_norm
+@ transformer_blocks.# transformer_blocks.#
+video_a2v_cross_attn_scale_shift_table  scale_shift_table_a2v_ca_video
+audio_a2v_cross_attn_scale_shift_table  scale_shift_table_a2v_ca_audio
+@ - -
+proj_in                          patchify_proj
+audio_proj_in                    audio_patchify_proj
+time_embed                       adaln_single
+audio_time_embed                 audio_adaln_single
+av_cross_attn_video_scale_shift  av_ca_video_scale_shift_adaln_single
+av_cross_attn_video_a2v_gate     av_ca_a2v_gate_adaln_single
+av_cross_attn_audio_scale_shift  av_ca_audio_scale_shift_adaln_single
+av_cross_attn_audio_v2a_gate     av_ca_v2a_gate_adaln_single
+"""
+QWEN_IMAGE21 = """
+@ transformer_blocks.# transformer_blocks.#
+img_mlp.gate_layer,img_mlp.proj  img_mlp.gate_up
+"""

@@ -16,7 +16,7 @@ from diffusers.loaders import single_file_model, single_file_utils
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 
-def _unet(**more: Any) -> Any:
+def unet(**more: Any) -> Any:
     given: dict[str, Any] = {
         "sample_size": 8,
         "block_out_channels": (32, 64),
@@ -31,7 +31,7 @@ def _unet(**more: Any) -> Any:
 
 
 def sdxl() -> Any:
-    return _unet(
+    return unet(
         block_out_channels=(32, 32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -225,8 +225,31 @@ def qwen_image() -> Any:
     )
 
 
+def ltx2() -> Any:
+    return d.LTX2VideoTransformer3DModel(
+        **HEADS,
+        in_channels=32,
+        out_channels=32,
+        cross_attention_dim=32,
+        audio_in_channels=32,
+        audio_out_channels=32,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=16,
+        audio_cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+        rope_double_precision=False,
+    )
+
+
+def qwen_image21() -> Any:
+    return d.QwenImage21Transformer2DModel(
+        **HEADS, in_channels=32, out_channels=32, num_layers=2, context_in_dim=32, axes_dims_rope=(8, 4, 4)
+    )
+
+
 NETWORKS: dict[str, tuple[str, Callable[[], Any]]] = {  # name -> architecture, and how it is made
-    "sd15": ("sd1", _unet),
+    "sd15": ("sd1", unet),
     "sdxl": ("sdxl", sdxl),
     "sd3": ("sd3", sd3),
     "sd35": ("sd3", lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm")),
@@ -238,14 +261,17 @@ NETWORKS: dict[str, tuple[str, Callable[[], Any]]] = {  # name -> architecture, 
     "hidream": ("hidream", hidream),
     "cosmos2": ("cosmos", cosmos),
     "ltx": ("ltxv", ltx),
+    "ltx2": ("ltxv", ltx2),
     "hunyuan-video": ("hyvid", hunyuan_video),
     "wan": ("wan", wan),
     "wan-i2v": ("wan", lambda: wan(image_dim=32, added_kv_proj_dim=32)),
     "wan-vace": ("wan", lambda: d.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=4)),
     "skyreels": ("wan", lambda: d.SkyReelsV2Transformer3DModel(**WAN, patch_size=(1, 2, 2))),
+    "chronoedit": ("wan", lambda: d.ChronoEditTransformer3DModel(**WAN, patch_size=(1, 2, 2))),
     "lumina2": ("lumina2", lumina2),
     "z-image": ("lumina2", z_image),
     "qwen-image": ("qwen_image", qwen_image),
+    "qwen-image21": ("qwen_image", qwen_image21),
 }
 
 
