@@ -61,14 +61,12 @@ def form(scheme: Scheme, shape: tuple[int, ...]) -> Form | str:
         return Form(dtype, ROW if scheme.per_channel else WHOLE, None, True)
     if scheme.kind == "fp8" and not scheme.per_channel:
         return Form(dtype, WHOLE)
-    coded = scheme.layout(shape).factors.kind
-    if group is None or (group >= inputs and prod(shape[2:]) == 1):
-        return Form(dtype, ROW)
+    coded = SCALES.get(scheme.layout(shape).factors.kind)
+    if group is None or group == inputs or (group > inputs and prod(shape[2:]) == 1):
+        return Form(dtype, ROW, coded)
     if inputs % group:
         return f"SDNQ's groups divide the inputs, and {group} does not divide {inputs}"
-    if group == inputs:
-        return Form(dtype, ROW, SCALES.get(coded))
-    return Form(dtype, group, SCALES.get(coded))
+    return Form(dtype, group, coded)
 
 
 def _dtype(scheme: Scheme) -> str | None:

@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from aquabit.exports.exported import Exported
-from aquabit.graph import layers, trace
+from aquabit.graph import fixed_layers, layers, trace
 from aquabit.quant.model import fingerprint, storage_dtype
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme
@@ -71,16 +71,21 @@ class Case:
 
 
 def case(
-    net: Any, chosen: Callable[[int, str, tuple[int, ...]], str], act: int = 16, again: Any = None
+    net: Any,
+    chosen: Callable[[int, str, tuple[int, ...]], str],
+    act: int = 16,
+    again: Any = None,
+    graph: Any = None,
 ) -> Case:
     """Each layer by ``chosen(number, name, shape)``; layers whose scheme cannot hold them stay ``fp``.
     ``again`` is a second copy of the model, to hold the decoded weights."""
-    graph = trace(net)
+    graph = trace(net) if graph is None else graph
     choices, weights, decoded = {}, {}, {}
+    fixed = fixed_layers(graph)
     for i, (name, node) in enumerate(layers(graph).items()):
         scheme = Scheme.parse(chosen(i, name, tuple(node["shape"])))
         weight = net.get_submodule(name).weight.detach().half().float()
-        if str(scheme) == "fp" or scheme.refuses(tuple(weight.shape)):
+        if name in fixed or str(scheme) == "fp" or scheme.refuses(tuple(weight.shape)):
             continue
         choices[name] = LayerChoice(scheme, act)
         weights[name] = quantize_weight(weight, scheme)

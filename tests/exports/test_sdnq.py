@@ -165,6 +165,17 @@ def test_what_it_cannot_hold_is_refused(build: Callable[[], Any], layer: str, sc
     assert said.endswith("leave it at fp, or search with --target sdnq")
 
 
+def test_groups_as_wide_as_a_row() -> None:
+    form, parse = writer.form, writer.Scheme.parse
+    assert form(parse("mxfp4"), (8, 32)) == writer.Form("float4_e2m1fn", -1, "float8_e8m0fnu")
+    assert form(parse("int4g32"), (8, 32)) == form(parse("int4"), (8, 32)) == writer.Form("int4", -1)
+    assert (
+        form(parse("usq4g64"), (8, 32)) == form(parse("usq4g64"), (8, 32, 1, 1)) == writer.Form("uint4", -1)
+    )
+    assert form(parse("usq4g32"), (8, 32, 3, 3)) == writer.Form("uint4", -1)
+    assert isinstance(form(parse("usq4g64"), (8, 32, 3, 3)), str)
+
+
 def test_codes_that_share_bytes_must_fill_them() -> None:
     net = small_unet()
     net.conv_out = torch.nn.Conv2d(64, 1, 3, padding=1)  # 576 codes
