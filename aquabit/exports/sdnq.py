@@ -29,6 +29,9 @@ from aquabit.scheme import AquabitError, Scheme
 METHOD, VERSION = "sdnq", "0.2.8"  # the version whose files these are like
 WHOLE, ROW = -2, -1  # group sizes: one scale for the tensor, and for each output (and tap)
 CLASSES = ("Linear", "Conv2d")  # SDNQ goes by the very name of a module's class
+ROUNDED = (
+    "loaded at bfloat16, diffusers 0.42 rounds the scales first; at float32 and float16 weights are these"
+)
 SCALES = {"e4m3": "float8_e4m3fn", "e8m0": "float8_e8m0fnu"}  # of scales that are codes
 
 
@@ -111,7 +114,7 @@ def write(exported: Exported, out: Path) -> list[str]:
         assert isinstance(own, Form)
         forms[name] = own
         tensors |= {f"{name}.{part}": t for part, t in stored(weight, own).items()}
-    said = [counted(exported, tensors), *lost_beside_weights(exported.config)]
+    said = [counted(exported, tensors), ROUNDED, *lost_beside_weights(exported.config)]
     write_model(exported, out, _described(exported, forms), tensors, to=METHOD, said=said)
     return said
 

@@ -26,6 +26,7 @@ from aquabit.scheme import AquabitError, Scheme
 
 METHOD = "torchao"
 KINDS = ("int", "fp8", "nvfp4")
+ROUNDED = "diffusers loads it at bfloat16, which rounds the scales, where torch_dtype does not say float32"
 PLAIN = json.dumps({"_type": "Tensor"})  # of a tensor that is no weight of torchao's
 
 
@@ -64,7 +65,7 @@ def write(exported: Exported, out: Path) -> list[str]:
         tensors |= {f"{name}._weight_{part}": tensor for part, tensor in own.parts.items()}
         about[f"{name}.weight"] = json.dumps(own.about())
         forms[name] = config(choice.weight)
-    said = [counted(exported, tensors), *lost_beside_weights(exported.config)]
+    said = [counted(exported, tensors), ROUNDED, *lost_beside_weights(exported.config)]
     described = {
         "quant_method": METHOD,
         "quant_type": {"default": torchao.whole(forms)},

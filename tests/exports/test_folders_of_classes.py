@@ -17,7 +17,6 @@ from tests.exports.networks import NETWORKS, made
 from tests.exports.small_models import case
 from tests.exports.test_gguf import graph_of
 
-
 SLOW = ("sd15", "sdxl")
 
 

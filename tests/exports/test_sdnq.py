@@ -76,6 +76,23 @@ def test_what_it_decodes_is_our_weight(made: Case, tmp_path: Path) -> None:
     torch.testing.assert_close(output(net), output(made.reference), rtol=0, atol=1e-5)
 
 
+def test_what_diffusers_rounds_is_said(made: Case, tmp_path: Path) -> None:
+    """Scales of 16 bits stay at float16; at bfloat16 diffusers rounds them before SDNQ has them."""
+    sdnq_library()
+    write(made.exported, tmp_path / "out")
+    from sdnq.utils import get_sdnq_params
+
+    for dtype, stays in ((torch.float16, True), (torch.bfloat16, False)):
+        net = type(made.reference).from_pretrained(tmp_path / "out", torch_dtype=dtype)
+        same = []
+        for name, weight in made.decoded.items():
+            module = net.get_submodule(name)
+            found = module.sdnq_dequantizer(**get_sdnq_params(module), dtype=torch.float32)
+            if made.exported.config[name].weight.kind in ("int", "usq"):
+                same.append(torch.equal(found, weight))
+        assert all(same) if stays else not any(same)
+
+
 def test_its_own_loader_decodes_our_weight(made: Case, tmp_path: Path) -> None:
     """Which takes the types of tensors as they are in the file."""
     library = sdnq_library()
@@ -121,7 +138,8 @@ def test_files_hold_the_codes(made: Case, tmp_path: Path) -> None:
         assert f"{name}.weight" not in described["modules_to_not_convert"]
     ours = sum(weight.nbytes for weight in made.exported.weights.values())
     assert said == [
-        f"the weights of {len(made.decoded)} layers take {held:,} bytes; the configuration counts {ours:,}"
+        f"the weights of {len(made.decoded)} layers take {held:,} bytes; the configuration counts {ours:,}",
+        writer.ROUNDED,
     ]
     assert json.loads((tmp_path / "out" / NOTE).read_text())["said"] == said
 
@@ -137,7 +155,7 @@ def test_nobodys_folder_is_written_over(made: Case, tmp_path: Path) -> None:
 def test_what_is_lost_is_said(tmp_path: Path) -> None:
     found = case(small_dit(), lambda *_: "int4", act=8, again=small_dit())
     said = write(found.exported, tmp_path / "out")
-    assert len(said) == 2 and said[1].startswith(f"activations of {len(found.decoded)} layers are quantized")
+    assert len(said) == 3 and said[2].startswith(f"activations of {len(found.decoded)} layers are quantized")
 
 
 @pytest.mark.parametrize(
