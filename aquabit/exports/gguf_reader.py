@@ -35,13 +35,14 @@ def read(path: str | Path, graph: LayerGraph, fingerprint: str) -> QuantConfig:
     activations off. ``graph`` is the model's, ``fingerprint`` its own.
 
     Raises AquabitError where the file is none of GGUF or damaged, lacks layers of the model or has them in
-    other shapes, and for types that are no schemes of ours.
+    other shapes, for types that are no schemes of ours, and for blocks that do not end with a row.
     """
     file = read_file(path)
     parts, fixed = _parts(file, graph), fixed_layers(graph)
     kinds = {layer: file.tensors[part.tensor].kind for layer, part in parts.items()}
     _check_known(file, {part.tensor for layer, part in parts.items() if layer not in fixed})
     chosen = {layer: FP if layer in fixed else SCHEMES[kind] for layer, kind in kinds.items()}
+    _check_rows(file, chosen, graph)
     return QuantConfig(fingerprint, {k: LayerChoice(s, 16) for k, s in chosen.items()})
 
 
@@ -68,6 +69,19 @@ def read_weights(path: str | Path, graph: LayerGraph) -> Iterator[tuple[str, Ten
         shape = tuple(nodes[layer]["shape"])
         rows = values.reshape(-1, prod(shape[1:]))
         yield layer, torch.cat([rows[one] for one in part.rows]).reshape(shape)
+
+
+def _check_rows(file: GGUFFile, chosen: Mapping[str, Scheme], graph: LayerGraph) -> None:
+    """Converters of U-Nets lay weights out in rows of 256, whatever their inputs are; blocks of ours lie
+    within a row."""
+    nodes = layers(graph)
+    across = [n for n, s in chosen.items() if s != FP and s.refuses(tuple(nodes[n]["shape"])) is not None]
+    if across:
+        name, shape = across[0], tuple(nodes[across[0]]["shape"])
+        raise AquabitError(
+            f"{file.path} has {chosen[name]} for layer {name!r}, whose rows of {prod(shape[1:])} weights its"
+            f" blocks cross ({len(across)} such layers); no scheme here does: read_weights gives its weights"
+        )
 
 
 def _check_known(file: GGUFFile, tensors: set[str]) -> None:

@@ -263,6 +263,20 @@ def test_a_model_that_no_other_program_knows_has_its_own_names(tmp_path: Path) -
     assert tensors["on"].data.tolist() == [1, 0]
 
 
+def test_both_places_of_a_shared_weight_hold_its_codes(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"a": nn.Linear(32, 4), "c": nn.Linear(32, 4)}).requires_grad_(False)
+    network["c"].weight = network["a"].weight
+    graph = graph_of(network)
+    graph.graph["tied"] = {"c": "a"}
+    assert set(graph) == {"a"}
+    coded = {"a": quantize_weight(network["a"].weight, "q8_0")}
+    config = QuantConfig("f", {"a": LayerChoice(Scheme.parse("q8_0"), 16)})
+    writer.write(Exported(network, config, graph, coded), tmp_path / "net.gguf")
+    one, other = (t for t in gguf.GGUFReader(tmp_path / "net.gguf").tensors if t.name.endswith("weight"))
+    assert one.tensor_type.name == other.tensor_type.name == "Q8_0"
+    assert one.data.tobytes() == other.data.tobytes()
+
+
 def test_sizes_that_diffusers_takes_for_granted_are_told(tmp_path: Path) -> None:
     said = writer.write(of("flux"), tmp_path / "net.gguf")
     assert any(

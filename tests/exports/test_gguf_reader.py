@@ -156,3 +156,28 @@ def test_a_convolution_of_ours_comes_back(tmp_path: Path) -> None:
     assert read(path, small(), "f") == config
     found = dict(read_weights(path, small()))
     assert all(torch.equal(found[n], coded[n].dequantize()) for n in coded)
+
+
+def test_blocks_that_cross_rows_are_decoded_but_no_scheme(tmp_path: Path) -> None:
+    """As converters of U-Nets write a layer of 64 inputs: in rows of 256."""
+    values = np.random.default_rng(2).normal(size=(2, 256)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    file = gguf.GGUFWriter(tmp_path / "f.gguf", "sd1")
+    packed = np.zeros((2, 144), np.uint8)  # of Q4_K, which the package only decodes
+    file.add_tensor("a.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    file.add_tensor("b.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    file.add_array("comfy.gguf.orig_shape.a.weight", [8, 64])
+    file.add_array("comfy.gguf.orig_shape.b.weight", [8, 64])
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    graph = graph_of(nn.ModuleDict({"a": nn.Linear(64, 8), "b": nn.Linear(64, 8)}))
+    with pytest.raises(
+        AquabitError,
+        match=r"q4_K for layer 'a', whose rows of 64 weights its blocks cross \(1 such layers\); no scheme",
+    ):
+        read(tmp_path / "f.gguf", graph, "f")
+    found = dict(read_weights(tmp_path / "f.gguf", graph))
+    wanted = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+    assert np.array_equal(found["b"].numpy(), wanted.reshape(8, 64)) and not found["a"].any()
