@@ -23,6 +23,7 @@ TABLES = {
     "additive": "markdown",
     "correction": "markdown",
     "effects": "table",
+    "export_files": "markdown",
     "exports": "markdown",
     "families": "markdown",
     "flow": "markdown",
