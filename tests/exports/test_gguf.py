@@ -210,9 +210,9 @@ def test_parts_of_several_types_are_one_that_holds_all(tmp_path: Path) -> None:
 
 def test_the_type_of_a_file_is_that_of_most_weights(tmp_path: Path) -> None:
     of_llama = {"F32": "ALL_F32", **{k: f"MOSTLY_{k}_S" for k in ("Q3_K", "Q4_K", "Q5_K")}}
-    assert writer.FILE_TYPES == {
+    assert {
         kind: int(gguf.LlamaFileType[of_llama.get(kind, f"MOSTLY_{kind}")]) for kind in writer.FILE_TYPES
-    }
+    } == writer.FILE_TYPES
     assert {*writer.FILE_TYPES} == writer.QUANTIZED | {"F32", "F16", "BF16"}
     network = nn.ModuleDict({"a": nn.Linear(256, 8), "b": nn.Linear(256, 4)}).requires_grad_(False)
     coded = {n: quantize_weight(network[n].weight, s) for n, s in (("a", "q4_K"), ("b", "q6_K"))}
