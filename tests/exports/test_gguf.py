@@ -75,6 +75,7 @@ def test_the_package_decodes_every_tensor(name: str, tmp_path: Path) -> None:
     one = of(name)
     assert len({str(c.weight) for c in one.config.layers.values()}) > 3
     said = writer.write(one, tmp_path / "net.gguf")
+    assert not any("activations" in sentence for sentence in said)
     reader, wanted = gguf.GGUFReader(tmp_path / "net.gguf"), decoded(one)
     assert reader.fields["general.architecture"].contents() == NETWORKS[name][0]
     assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
