@@ -55,7 +55,7 @@ def run(
     machine: groups.Machine,
     bits: options.Bits = BITS,
     samples: options.Samples = 120,
-    flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
+    flips: Annotated[int, typer.Option("--flips", min=0, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
     within: options.Within = None,
     fits: options.Fits = None,
