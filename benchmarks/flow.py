@@ -432,7 +432,8 @@ def markdown(found: dict[str, Any]) -> str:
                 spent = f"{r['processor_s']:.0f}" if "processor_s" in r else ""
                 lines.append(
                     f"| {r['model']} {r.get('words', '')} | {r['seconds']:.0f} | {spent} |"
-                    f" {r['target_s']:.0f} | {r['samples']} | {r['swaps']} | {r['measurements']} | {r['peak_gib']:.2f} |"
+                    f" {r['target_s']:.0f} | {r['samples']} | {r['swaps']} | {r['measurements']} |"
+                    f" {r['peak_gib']:.2f} |"
                 )
     return "\n".join(lines) + "\n"
 
