@@ -1,4 +1,4 @@
-# make demo: set up and run the main job on a bundled model; make test: the tests; make check: lint, format, types; make docs: the site;
+# make demo: set up, and run a small main job on a bundled model, at a size where one format for all layers shows; make test: the tests; make check: lint, format, types; make docs: the site;
 # make fuzz: mutated inputs for everything that reads; make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc); make arm: some of them
 # built for ARM, under qemu.
 # On a machine where the default torch is not wanted: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -7,8 +7,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-MODEL ?= digits-unet
+MODEL ?= fashion-unet
 DEMO ?= demo
+DEMO_OPTIONS ?= --bits 2.05 --space examples/demo.json --samples 0 --flips 0 --images 32
 JOBS ?= 2
 TERRAIN := adaptive-terrain-diffusion==0.4.2
 SANITIZED := build/sanitize
@@ -21,7 +22,7 @@ PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-ind
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	$(BIN)/aquabit run $(MODEL) --out $(DEMO)
+	$(BIN)/aquabit run $(MODEL) --out $(DEMO) $(DEMO_OPTIONS)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

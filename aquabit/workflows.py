@@ -388,8 +388,8 @@ def run_flow(
             early.page("checking the ranking by real swaps")
         clock.mark("search")
         measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
-        # last: real swaps check the layers that the ranking puts first
-        validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
+        if flow.swaps:  # last: real swaps check the layers that the ranking puts first
+            validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
         clock.mark("checks by swaps")
         sensitivity = explained(study, flow.bits, flow.swap, progress)
     write_json(out / "sensitivity.json", sensitivity.to_dict())

@@ -1,5 +1,4 @@
-"""The figures of the whole flow: python benchmarks/flow.py overhead|analysis|large|quality|packed|demo|all
-[--folder DIR] [--models ...]
+"""The figures of the whole flow: python benchmarks/flow.py PART|all [--folder DIR] [--models ...]
 
 overhead   measuring a configuration against generating the same images in full precision, in pairs, one
            thread
@@ -9,8 +8,8 @@ quality    300 measurements a model, of schemes fitted to weights alone (benchma
            others): within-budget SRCC, real swaps,
            and the winner at uniform usq3's exact bytes on fresh seeds
 packed     the winner's packed artifact against its dense measurement: FID on the fresh seeds (after quality)
-demo       the main job at its defaults in fresh processes with an empty bank, as `make demo` runs it after
-           installation
+demo       the main job at its defaults in fresh processes with an empty bank
+make_demo  the same as `make demo` runs it, after installation
 
 Tables go to benchmarks/results/flow.json and flow.md. Studies are kept in --folder and continue where they
 stopped.
@@ -19,6 +18,7 @@ stopped.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import statistics
@@ -304,41 +304,43 @@ def packed(folder: Path, models: list[str]) -> list[dict[str, Any]]:
 
 
 def demo(folder: Path, models: list[str]) -> list[dict[str, Any]]:
-    """Wall-clock time from nothing to the report, and the peak memory of the largest process."""
+    """Wall-clock time of the main job at its defaults, from nothing to the report."""
+    return [job(folder, name, [], 600.0) for name in models]
+
+
+def make_demo(folder: Path, models: list[str]) -> list[dict[str, Any]]:
+    """The same of what `make demo` runs after installation; the words are the Makefile's own."""
+    rules = (Path(__file__).parents[1] / "Makefile").read_text()
+    of = dict(re.findall(r"^(MODEL|DEMO_OPTIONS) \?= (.*)$", rules, re.MULTILINE))
+    return [job(folder, of["MODEL"], of["DEMO_OPTIONS"].split(), 240.0)]
+
+
+def job(folder: Path, name: str, words: list[str], target: float) -> dict[str, Any]:
+    """A run in fresh processes with an empty bank: seconds, the peak memory of the largest process, and what
+    was found beside the uniform configuration of its size."""
     from aquabit.study import Study
 
-    rows = []
-    for name in models:
-        out, bank = folder / f"demo-{name}", folder / f"demo-bank-{name}"
-        for old in (out, bank):
-            shutil.rmtree(old, ignore_errors=True)
-        started = time.perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "aquabit.cli.app",
-            "run",
-            name,
-            "--out",
-            str(out),
-            "--bank",
-            str(bank),
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - started
-        kinds = Study(out / "study.db").measurements(failed=True).kind.value_counts()
-        rows.append(
-            {
-                "model": name,
-                "seconds": seconds,
-                "target_s": 600.0,
-                "measurements": int(kinds.sum()),
-                "samples": int(kinds["sample"]),
-                "swaps": int(kinds["flip"]) // 2,
-                "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
-            }
-        )
-    return rows
+    out, bank = folder / f"demo-{name}", folder / f"demo-bank-{name}"
+    for old in (out, bank):
+        shutil.rmtree(old, ignore_errors=True)
+    command = [sys.executable, "-m", "aquabit.cli.app", "run", name, *words]
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*command, "--out", str(out), "--bank", str(bank)], check=True, stdout=subprocess.DEVNULL)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    study = Study(out / "study.db")
+    kinds = study.measurements(failed=True).kind.value_counts()
+    return {
+        "model": name,
+        "seconds": seconds,
+        "processor_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "target_s": target,
+        "measurements": int(kinds.sum()),
+        "samples": int(kinds.get("sample", 0)),
+        "swaps": int(kinds.get("flip", 0)) // 2,
+        "peak_gib": after.ru_maxrss / 2**20,
+        "words": " ".join(words),
+        "comparison": (study.get("front") or {}).get("comparison"),
+    }
 
 
 def _uniform_bytes(study: Any) -> dict[str, int]:
@@ -415,17 +417,24 @@ def markdown(found: dict[str, Any]) -> str:
             f" {r['difference']['high']:+.4f}) |"
             for r in found["packed"]
         ]
-    if "demo" in found:
-        lines.append(
-            "\n## The main job at its defaults, from nothing to the report\n\n| model | wall clock, s |"
-            " target, s | configurations | swaps | measurements | peak of a process, GiB"
-            " |\n|---|---|---|---|---|---|---|"
-        )
-        lines += [
-            f"| {r['model']} | {r['seconds']:.0f} | {r['target_s']:.0f} | {r['samples']} | {r['swaps']} |"
-            f" {r['measurements']} | {r['peak_gib']:.2f} |"
-            for r in found["demo"]
-        ]
+    for part, title in (
+        ("demo", "The main job at its defaults, from nothing to the report"),
+        ("make_demo", "`make demo`, after installation"),
+    ):
+        if part in found:
+            lines += [
+                f"\n## {title}\n",
+                "| model | wall clock, s | processor, s | target, s | configurations | swaps | measurements |"
+                " peak of a process, GiB |",
+                "|---|---|---|---|---|---|---|---|",
+            ]
+            for r in found[part]:
+                spent = f"{r['processor_s']:.0f}" if "processor_s" in r else ""
+                lines.append(
+                    f"| {r['model']} {r.get('words', '')} | {r['seconds']:.0f} | {spent} |"
+                    f" {r['target_s']:.0f} | {r['samples']} | {r['swaps']} | {r['measurements']} |"
+                    f" {r['peak_gib']:.2f} |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -437,6 +446,7 @@ def main() -> None:
         "quality": quality,
         "packed": packed,
         "demo": demo,
+        "make_demo": make_demo,
     }
     arguments = parser(__doc__)
     arguments.add_argument("part", choices=[*parts, "all"])

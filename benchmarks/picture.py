@@ -3,8 +3,8 @@ PART ... [--folder DIR] [--models ...] [--uniform usq2h]
 
 search     what the program over damages and the search choose within the bytes of each --uniform scheme
 fresh      full precision, the uniform ones and the found ones on five blocks of 128 fresh seeds
-table      benchmarks/results/picture.json and picture.md; docs/grid.png, of the first model and scheme, of
-           seeds that nothing else uses
+table      benchmarks/results/picture.json and picture.md, where models that are not given keep their rows;
+           docs/grid.png, of the first model and scheme, of seeds that nothing else uses
 
 Activations at 8 bits, 10 steps, the default space. It continues where it stopped.
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.graph import layers
 from aquabit.scheme_kinds import FP
 from benchmarks.common import (
+    RESULTS,
     about,
     difference,
     mean,
@@ -38,7 +39,7 @@ from benchmarks.common import (
 )
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("fashion-unet", "fashion-dit")
+MODELS = ("fashion-dit", "fashion-unet")
 FRESH = range(501, 506)  # blocks of seeds that nothing else uses
 SHOWN = 19_000  # the first seed of the picture; evaluate.py uses those before
 METRICS = ("psnr", "fid")
@@ -211,7 +212,9 @@ def main() -> None:
             write(given.folder / f"rows-{model}.json", fresh(given.folder, model))
     if "table" in parts:
         rows = [r for m in given.models for r in read(given.folder / f"rows-{m}.json")]
-        command = f"python benchmarks/picture.py all --models {' '.join(given.models)}"
+        rows += [r for r in read(RESULTS / "picture.json")["rows"] if r["model"] not in given.models]
+        rows.sort(key=lambda r: MODELS.index(r["model"]))
+        command = f"python benchmarks/picture.py all --models {' '.join(MODELS)}"
         write_results("picture", f"{command} --uniform {' '.join(given.uniform)}", {"rows": rows}, text)
         model, scheme = given.models[0], given.uniform[0]
         named = {r["name"]: r for r in rows if r["model"] == model}

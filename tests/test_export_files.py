@@ -15,7 +15,7 @@ from aquabit.exports.files import Exported, Writer
 from aquabit.pipelines import network_of, trace
 from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
-from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, Calibration, LayerChoice, QuantConfig, Scheme
 from aquabit.space import make_space
 
 
@@ -69,4 +69,6 @@ def test_what_is_wrong_is_said_before_anything_is_fitted(
     refused(QuantConfig("other", good.layers), "mine", "is for model other")
     refused(QuantConfig(good.fingerprint, {"x": LayerChoice(Scheme.parse("int4"), 16)}), "mine", "layer 'x'")
     assert not written and not bank.exists()
+    refused(replace(good, calibration=Calibration(frames=3)), "mine", "frames is 3, but Class")
+    assert not list(bank.iterdir())
     check_known("mine")

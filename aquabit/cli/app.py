@@ -55,15 +55,17 @@ def run(
     machine: groups.Machine,
     bits: options.Bits = BITS,
     samples: options.Samples = 120,
-    flips: Annotated[int, typer.Option("--flips", min=1, help="Real swaps that check the explanation.")] = 40,
+    flips: Annotated[int, typer.Option("--flips", min=0, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
     within: options.Within = None,
     fits: options.Fits = None,
     plan: options.PlanOnly = False,
+    mlflow: options.MLflow = None,
     json_: options.Json = None,
 ) -> None:
     """The whole flow: measure, explain, check, search, pack, report."""
     from aquabit import workflows
+    from aquabit.reports import mlflow_run
     from aquabit.sensitivity.plan import SampleOptions
     from aquabit.study import Study
     from aquabit.within import parse_time
@@ -78,10 +80,14 @@ def run(
     if plan:
         _plan_run(model, out, flow, sample, asked, where, json_)
         return
+    if mlflow is not None:
+        mlflow_run.client(mlflow)  # said before anything is measured
     with bars() as progress:
         front = workflows.run_flow(
             model, out, flow, sample, asked, where, progress, told=partial(tell, json_)
         )
+    if mlflow is not None:
+        mlflow_run.log_run(Study(out / "study.db"), out / "report", mlflow)
     if not emit(front.to_list(), json_):
         study = Study(out / "study.db")
         findings.show_sensitivity(study.get("sensitivity"), 10)
@@ -515,20 +521,27 @@ def report(
         typer.Argument(metavar="S.db [OTHER.db]", help="A study; a second one is shown beside it."),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for index.html, figures and tables.")],
+    mlflow: options.MLflow = None,
 ) -> None:
     """One page, its figures for print, and its tables; of two studies a page that compares them."""
     if len(studies) > 2:
         raise AquabitError(f"{len(studies)} studies were given; a report shows one, or two side by side")
+    if mlflow is not None and len(studies) > 1:
+        raise AquabitError("--mlflow logs one study; two were given")
+    from aquabit.reports import mlflow_run, side_by_side
     from aquabit.reports import report as write_report
-    from aquabit.reports import side_by_side
     from aquabit.study import Study
 
+    if mlflow is not None:
+        mlflow_run.client(mlflow)
     with bars() as progress:
         opened = [Study(s, create=False) for s in studies]
         if len(opened) == 2:
             page = side_by_side(opened[0], opened[1], out, progress)
         else:
             page = write_report(opened[0], out, progress=progress)
+    if mlflow is not None:
+        mlflow_run.log_run(opened[0], out, mlflow)
     console.print(f"{page}")
 
 

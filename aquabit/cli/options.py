@@ -290,6 +290,10 @@ RayAddress = Annotated[
         help="Measure on a Ray cluster: auto, local, host:port; a worker for each GPU, or CPU slot.",
     ),
 ]
+MLflow = Annotated[
+    str | None,
+    typer.Option("--mlflow", metavar="URI", help="Log to this MLflow server, too (the extra mlflow)."),
+]
 PlanOnly = Annotated[
     bool,
     typer.Option(

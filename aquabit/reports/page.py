@@ -24,6 +24,7 @@ from aquabit.reports.answer import answer
 from aquabit.reports.catalog import all_tables, plans
 from aquabit.reports.facts import Facts, read, require_metric
 from aquabit.reports.lacks import Lacks, missing
+from aquabit.reports.model_explorer import explorer_files
 from aquabit.reports.plan import Plan, Tables
 from aquabit.reports.subjects.measurements import run_card
 from aquabit.reports.subjects.pictures import Images, images
@@ -34,7 +35,14 @@ from aquabit.study import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
 FOLDERS = ("figures", "tables", "data")
-DATA = ("config.json", "front.json", "sensitivity.json")  # what machines read
+DATA = {  # what machines read
+    "config.json": "the chosen configuration",
+    "front.json": "the front",
+    "sensitivity.json": "effects of layers and the surrogate's scores",
+    "model-explorer.json": "the layer graph, for Model Explorer",
+    "model-explorer-effects.json": "effects on it",
+    "model-explorer-schemes.json": "chosen schemes on it",
+}
 PAIRS_MOST = 8  # interactions of one layer that the page lists
 
 
@@ -112,13 +120,14 @@ def make_folders(out: Path) -> None:
 
 
 def write_data(facts: Facts, folder: Path) -> list[str]:
-    """What machines read: the winner as config.json, front.json and sensitivity.json, as far as they are
-    there; their names."""
+    """What machines read: the winner as config.json, front.json, sensitivity.json, and the graph and its
+    effects for Model Explorer, as far as they are there; their names."""
     winner = facts.winner()
     files = {
         "config.json": winner.to_dict() if winner else None,
         "front.json": facts.front.to_list() if facts.front else None,
         "sensitivity.json": facts.sensitivity.to_dict() if facts.sensitivity else None,
+        **explorer_files(facts),
     }
     for name, value in files.items():
         (folder / name).unlink(missing_ok=True)  # of a report that was written here before
@@ -248,7 +257,7 @@ def _render(
             figures=shown,
             images=grids,
             card=run_card(facts),
-            files=files,
+            files={name: DATA[name] for name in files},
             summary=answer(facts, found, lacks),
             data=page_data(facts, found),
         )

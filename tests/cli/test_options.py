@@ -208,6 +208,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--lora": Row("--lora lora.safetensors", "reached", reach="run"),
         "--component": Row("--component denoiser", "reached", reach="run"),
         "--json": Row("--json -", "said", reach="run"),
+        "--mlflow": Row("--mlflow ftp://none", "", refused="MLflow"),
     },
     "models": {"--json": Row("--json -", "said")},
     "inspect": {
@@ -319,7 +320,10 @@ ROWS: dict[str, dict[str, Row]] = {
         "--offload": Row("--offload", "", refused="offload lets components wait"),
         "--model": Row("--model tests.cli.test_options:brightness", "", refused="brightness"),
     },
-    "report": {"--out": Row("--out {here}/other", "reached", reach="report")},
+    "report": {
+        "--out": Row("--out {here}/other", "reached", reach="report"),
+        "--mlflow": Row("--mlflow ftp://none", "", refused="MLflow"),  # missing, or at such an address
+    },
     "bench": {
         "--formats": Row("--formats usq8", "timed"),
         "--shapes": Row("--shapes 8x8@2", "timed"),

@@ -75,6 +75,7 @@ def test_the_package_decodes_every_tensor(name: str, tmp_path: Path) -> None:
     one = of(name)
     assert len({str(c.weight) for c in one.config.layers.values()}) > 3
     said = writer.write(one, tmp_path / "net.gguf")
+    assert not any("activations" in sentence for sentence in said)
     reader, wanted = gguf.GGUFReader(tmp_path / "net.gguf"), decoded(one)
     assert reader.fields["general.architecture"].contents() == NETWORKS[name][0]
     assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
@@ -168,10 +169,12 @@ def test_the_model_of_the_file_gives_our_outputs(name: str, tmp_path: Path) -> N
 def test_tensors_of_16_bits_keep_them(tmp_path: Path) -> None:
     """bfloat16 stays as the weight of a Linear; what programs would take for blocks is float32."""
     network = flux(num_layers=1, num_single_layers=1).to(torch.bfloat16).eval()
-    one = Exported(network, QuantConfig("f", {}), graph_of(network))
-    writer.write(one, tmp_path / "net.gguf")
+    graph = graph_of(network)
+    graph.graph["uncalled"] = ["x_embedder"]  # whose weight the model reads by itself
+    writer.write(Exported(network, QuantConfig("f", {}), graph), tmp_path / "net.gguf")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "net.gguf").tensors}
     assert kinds["single_blocks.0.linear1.weight"] == "BF16" and kinds["img_in.bias"] == "F32"
+    assert kinds["img_in.weight"] == "F32"
     assert set(kinds.values()) == {"BF16", "F32"}
     how = GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
     again = loaded(network, str(tmp_path / "net.gguf"), tmp_path, quantization_config=how)
@@ -192,6 +195,33 @@ def test_what_float16_cannot_hold_is_stored_wider(tmp_path: Path) -> None:
     assert conv.tensor_type.name == "F32"
     assert float(conv.data.flat[0]) == float(torch.tensor(1e5).bfloat16())
     assert kinds[f"{ldm}out.2.weight"].tensor_type.name == "F16"
+    assert kinds[f"{ldm}out.2.bias"].tensor_type.name == "F32"
+
+
+def test_parts_of_several_types_are_one_that_holds_all(tmp_path: Path) -> None:
+    network = made("flux")
+    key = network.transformer_blocks[0].attn.to_k.weight
+    key[0, 0] = 1e5
+    writer.write(Exported(network, QuantConfig("f", {}), graph_of(network)), tmp_path / "net.gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "net.gguf").tensors}
+    fused, other = (tensors[f"double_blocks.{i}.img_attn.qkv.weight"] for i in (0, 1))
+    assert fused.tensor_type.name == "F32" and other.tensor_type.name == "F16"
+    assert torch.equal(torch.tensor(fused.data[32:64]), key.bfloat16().float())
+
+
+def test_the_type_of_a_file_is_that_of_most_weights(tmp_path: Path) -> None:
+    of_llama = {"F32": "ALL_F32", **{k: f"MOSTLY_{k}_S" for k in ("Q3_K", "Q4_K", "Q5_K")}}
+    assert {
+        kind: int(gguf.LlamaFileType[of_llama.get(kind, f"MOSTLY_{kind}")]) for kind in writer.FILE_TYPES
+    } == writer.FILE_TYPES
+    assert {*writer.FILE_TYPES} == writer.QUANTIZED | {"F32", "F16", "BF16"}
+    network = nn.ModuleDict({"a": nn.Linear(256, 8), "b": nn.Linear(256, 4)}).requires_grad_(False)
+    coded = {n: quantize_weight(network[n].weight, s) for n, s in (("a", "q4_K"), ("b", "q6_K"))}
+    config = QuantConfig(
+        "f", {n: LayerChoice(Scheme.parse(s), 16) for n, s in (("a", "q4_K"), ("b", "q6_K"))}
+    )
+    writer.write(Exported(network, config, graph_of(network), coded), tmp_path / "net.gguf")
+    assert gguf.GGUFReader(tmp_path / "net.gguf").fields["general.file_type"].contents() == 14
 
 
 def changed(one: Exported, layer: str, scheme: str) -> Exported:
