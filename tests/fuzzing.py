@@ -531,6 +531,76 @@ def gguf_file() -> Target:
     return Target("GGUF file", lambda r: flipped(good, r), use)
 
 
+@cache
+def _folders_of_others() -> tuple[Any, tuple[tuple[bytes, bytes], ...]]:
+    """A small model's graph, and (config.json, weights) as the writers of folders make them."""
+    from diffusers import DiTTransformer2DModel
+
+    from aquabit.exports import bitsandbytes, sdnq, torchao_files
+    from aquabit.exports.model_folder import WEIGHTS
+    from tests.exports.small_models import case
+
+    def net() -> Any:
+        torch.manual_seed(0)
+        sizes = {"num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 1, "sample_size": 4}
+        return DiTTransformer2DModel(
+            **sizes, in_channels=1, out_channels=1, num_embeds_ada_norm=4, norm_num_groups=4
+        )
+
+    found, made = [], case(net(), lambda *_: "fp", again=net())
+    for module, row in (
+        (sdnq, ("int4g32", "usq3g16", "nvfp4", "fp8c", "vq3")),
+        (bitsandbytes, ("nf4g64", "nf4g64d")),
+        (torchao_files, ("int4g32", "int8")),
+    ):
+        made = case(
+            net(), lambda i, _, shape, row=row: row[i % len(row)] if len(shape) == 2 else "fp", again=net()
+        )
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place) / "out"
+            module.write(made.exported, out)
+            found.append(((out / "config.json").read_bytes(), (out / WEIGHTS).read_bytes()))
+    return made.exported.graph, tuple(found)
+
+
+def folder_of_others() -> Target:
+    """What ``search --against`` reads of other programs' folders, and the weights in them; what is accepted
+    has the layers and shapes of the model."""
+    from aquabit.exports import bitsandbytes_reader, sdnq_reader
+    from aquabit.exports.model_folder import WEIGHTS
+    from aquabit.exports.readers import read_others
+    from aquabit.exports.stored_folder import described_in
+    from aquabit.graph import layers
+
+    graph, folders = _folders_of_others()
+    nodes = layers(graph)
+    weights = {"sdnq": sdnq_reader.read_weights, "bitsandbytes": bitsandbytes_reader.read_weights}
+
+    def made(random: Random) -> tuple[bytes, bytes]:
+        config, tensors = random.choice(folders)
+        if random.random() < 0.5:
+            return file_text(mutated(json.loads(config), random), random), tensors
+        return config, tensor_file(tensors, random)
+
+    def use(case: tuple[bytes, bytes]) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            for name, data in zip(("config.json", WEIGHTS), case, strict=True):
+                (Path(place) / name).write_bytes(data)
+            config = read_others(place, graph, "f")
+            if config is None:
+                return
+            same(set(config.layers) - set(nodes), set(), "layers that are not there")
+            for name, choice in config.layers.items():
+                choice.weight.layout(tuple(nodes[name]["shape"]))
+            folder = described_in(place)
+            assert folder is not None
+            if folder.method in weights:
+                shapes = {n: tuple(w.shape) for n, w in weights[folder.method](folder, graph)}
+                same(shapes, {n: tuple(node["shape"]) for n, node in nodes.items()}, "shapes")
+
+    return Target("folder of another program", made, use)
+
+
 def study_file() -> Target:
     """A study with a value of a row, or a bit of the file, changed; read by all that reads one."""
     from aquabit.study import Study
@@ -1062,6 +1132,7 @@ MAKERS: tuple[Callable[[], Target], ...] = (
     finetuning_settings,
     given_configuration,
     gguf_file,
+    folder_of_others,
     study_file,
     bank_file,
     noise_file,

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
 
 from aquabit.exports.bitsandbytes import KIND, STATE, skipped_by
-from aquabit.exports.stored_folder import StoredFolder, check_shape, one_network, validated
+from aquabit.exports.stored_folder import FLOATS, StoredFolder, check_shape, one_network, validated
 from aquabit.graph import LayerGraph, fixed_layers
 from aquabit.jsonio import parse_object
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 
 LARGEST_STATE = 4096  # bytes of JSON beside a weight
+BLOCKS = [64 << i for i in range(7)]  # weights that share a scale
 BLOCK = 64  # weights that share a scale, where nothing else is said
 
 
@@ -79,17 +80,27 @@ def _stored(folder: StoredFolder, name: str, shape: tuple[int, ...]) -> Scheme |
     """The scheme by which a folder holds a layer's weight; None where it is dense there, or not there."""
     weight = f"{name}.weight"
     if f"{name}.SCB" in folder.files:
-        check_shape(folder, weight, shape)
+        check_shape(folder, weight, shape, ("I8",))
+        check_shape(folder, f"{name}.SCB", (shape[0],))
         return Scheme.parse("int8")
     state = _state(folder, name, shape)
     if state is None:
         if folder.files:
             check_shape(folder, weight, shape)
         return None
-    check_shape(folder, weight, (-(-prod(shape) // 2), 1))
     nested = f"{weight}.nested_absmax" in folder.files
-    check_shape(folder, f"{weight}.absmax", (-(-prod(shape) // state.blocksize),))
-    return _nf4(folder, name, shape, state.blocksize, nested)
+    scheme = _nf4(folder, name, shape, state.blocksize, nested)
+    blocks = prod(shape) // state.blocksize
+    check_shape(folder, weight, (prod(shape) // 2, 1), ("U8",))
+    check_shape(folder, f"{weight}.quant_map", (16,))
+    check_shape(folder, f"{weight}.absmax", (blocks,), ("U8",) if nested else FLOATS)
+    if nested:
+        size = state.nested_blocksize
+        if size is None or size < 1 or not isfinite(state.nested_offset):
+            raise AquabitError(f"{folder.path}: {weight} has nested blocks of {size!r}, which are none")
+        check_shape(folder, f"{weight}.nested_absmax", (-(-blocks // size),))
+        check_shape(folder, f"{weight}.nested_quant_map", (256,))
+    return scheme
 
 
 def _state(folder: StoredFolder, name: str, shape: tuple[int, ...]) -> State | None:
@@ -115,11 +126,12 @@ def _state(folder: StoredFolder, name: str, shape: tuple[int, ...]) -> State | N
 
 def _nf4(folder: StoredFolder, name: str, shape: tuple[int, ...], block: int, nested: bool) -> Scheme:
     """nf4 of blocks; raises AquabitError where they go over the ends of rows."""
-    scheme = Scheme.parse(f"nf4g{block}" + ("d" if nested else ""))
-    why = scheme.refuses(shape)
+    text = f"nf4g{block}" + ("d" if nested else "")
+    why = f"blocks of {block} are none of a scheme" if block not in BLOCKS else None
+    why = why or Scheme.parse(text).refuses(shape)
     if why is not None:
-        raise AquabitError(f"{folder.path}: layer {name!r} is no {scheme} here: {why}")
-    return scheme
+        raise AquabitError(f"{folder.path}: layer {name!r} is no {text} here: {why}")
+    return Scheme.parse(text)
 
 
 def read_weights(folder: StoredFolder, graph: LayerGraph) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +153,7 @@ def _decoded(folder: StoredFolder, name: str, shape: tuple[int, ...]) -> Tensor:
     if scheme.nested:
         table = folder.tensor(f"{weight}.nested_quant_map").float()
         over = folder.tensor(f"{weight}.nested_absmax").float()
-        each = over.repeat_interleave(state.nested_blocksize or 256)[: len(scales)]
+        each = over[torch.arange(len(scales)) // (state.nested_blocksize or len(scales))]
         scales = table[scales.long()] * each + state.nested_offset
     codes = torch.cat([held >> 4, held & 15], 1).flatten().long()
     return (levels[codes].reshape(-1, state.blocksize) * scales.float()[:, None]).reshape(shape)

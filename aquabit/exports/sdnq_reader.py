@@ -21,6 +21,8 @@ from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 E2M1, E4M3 = "float4_e2m1fn", "float8_e4m3fn"
 SHORT = {"fp4": E2M1, "fp8": E4M3}  # names that SDNQ takes, too
 BLOCK_SCALES = {"float8_e4m3fn": ("nvfp4", 16), "float8_e8m0fnu": ("mxfp4", 32)}
+HELD = {"int8": ("I8",), E4M3: ("F8_E4M3",)}  # how codes lie; of other types in bytes
+SCALE_TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0"}
 WHOLE_NUMBERS = re.compile(r"(u?)int([2-8])")
 
 
@@ -93,7 +95,13 @@ def _of(folder: StoredFolder, name: str, shape: tuple[int, ...], described: Desc
     dtype = SHORT.get(settings.weights_dtype, settings.weights_dtype)
     scheme, groups = _scheme(folder, name, shape, replace(settings, weights_dtype=dtype))
     grouped = shape if groups == 1 else (shape[0], groups, shape[1] // groups, *shape[2:])
-    check_shape(folder, f"{name}.weight", _packed_shape(grouped, dtype))
+    check_shape(folder, f"{name}.weight", _packed_shape(grouped, dtype), HELD.get(dtype, ("U8",)))
+    if scheme.kind == "usq":
+        check_shape(folder, f"{name}.zero_point", folder.shape(f"{name}.scale"))
+    elif f"{name}.zero_point" in folder.files:
+        raise AquabitError(
+            f"{folder.path}: layer {name!r} has codes {dtype}, and a zero_point, which they lack"
+        )
     return Stored(scheme, dtype, groups)
 
 
@@ -145,6 +153,7 @@ def _scheme(
     numbers = WHOLE_NUMBERS.fullmatch(dtype)
     if settings.use_codebook and numbers and numbers[1]:
         size = 1 << int(numbers[2])
+        check_shape(folder, f"{name}.scale", scale)
         if scale == (size,):
             return Scheme.parse(f"vq{numbers[2]}"), 1
         if scale == (shape[0], size, *(1 for _ in shape[2:])):
@@ -154,9 +163,12 @@ def _scheme(
     whole = prod(scale) == 1 and shape[0] > 1
     if dtype == E2M1 and settings.scale_dtype in BLOCK_SCALES and not settings.use_codebook_scale:
         kind, group = BLOCK_SCALES[settings.scale_dtype]
-        if shape[1] == group * groups and f"{name}.scale_2" in folder.files:
+        check_shape(folder, f"{name}.scale_2", (1,))
+        check_shape(folder, f"{name}.scale", scale, (SCALE_TYPES[settings.scale_dtype],))
+        if shape[1] == group * groups:
             return Scheme.parse(kind), groups
     if settings.scale_dtype in (None, "none"):
+        check_shape(folder, f"{name}.scale", scale)
         if dtype == E4M3 and groups == 1 and (whole or _one_scale(folder, name)):
             return Scheme.parse("fp8" if whole else "fp8c"), groups
         if numbers and not whole:
@@ -220,12 +232,12 @@ def _decoded(folder: StoredFolder, name: str, one: Stored, shape: tuple[int, ...
         table = scale.float()
         return (table[index] if table.ndim == 1 else table.gather(1, index)).reshape(shape)
     numbers = scale.float()
-    if f"{name}.scale_2" in folder.files:
+    if one.scheme.kind in ("nvfp4", "mxfp4"):
         numbers = numbers * folder.tensor(f"{name}.scale_2").float()
     values = level_values("e2m1", 4, codes) if one.dtype == E2M1 else codes.float()
     if one.dtype.startswith("int") and bits < 8:
         values = values - (1 << (bits - 1))
     decoded = values * numbers
-    if f"{name}.zero_point" in folder.files:
+    if one.scheme.kind == "usq":
         decoded = decoded + folder.tensor(f"{name}.zero_point").float()
     return decoded.reshape(shape)

@@ -38,6 +38,11 @@ class StoredFolder:
         with _opened(self.files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it: F32, U8, ..."""
+        with _opened(self.files[name]) as file:
+            return str(file.get_slice(name).get_dtype())
+
     def tensor(self, name: str) -> Tensor:
         with _opened(self.files[name]) as file:
             found: Tensor = file.get_tensor(name)
@@ -108,12 +113,18 @@ def lacking(folder: StoredFolder, name: str) -> AquabitError:
     return AquabitError(f"{folder.path} is no folder of this model: it lacks {name!r}")
 
 
-def check_shape(folder: StoredFolder, name: str, wanted: tuple[int, ...]) -> None:
-    """Raise AquabitError where a tensor is missing or of another shape."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_shape(
+    folder: StoredFolder, name: str, wanted: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS
+) -> None:
+    """Raise AquabitError where a tensor is missing, or of another shape or type."""
     if name not in folder.files:
         raise lacking(folder, name)
-    found = folder.shape(name)
-    if found != wanted:
+    found, dtype = folder.shape(name), folder.dtype(name)
+    if found != wanted or dtype not in dtypes:
         raise AquabitError(
-            f"{folder.path} is no folder of this model: {name} is {list(found)} there, {list(wanted)} here"
+            f"{folder.path} is no folder of this model: {name} is {dtype} {list(found)} there,"
+            f" {' or '.join(dtypes)} {list(wanted)} is needed"
         )
