@@ -47,6 +47,13 @@ def torchao_form(found: Export, layer: str) -> tuple[Any, ...]:
     return entry["_type"], data["weight_dtype"]["_data"], granularity["_data"]
 
 
+@pytest.mark.parametrize(("scheme", "mapping"), [("int4g64", "SYMMETRIC"), ("usq4g64", "ASYMMETRIC")])
+@pytest.mark.parametrize(("act", "key"), [(16, "mapping_type"), (8, "weight_mapping_type")])
+def test_ranges_are_symmetric_where_ours_are(scheme: str, mapping: str, act: int, key: str) -> None:
+    entry = one(DIT, "torchao", FF, scheme, act).config["_data"]["fqn_to_config"][FF]
+    assert entry["_data"][key] == {"_type": "MappingType", "_data": mapping}
+
+
 ROW, GROUP = {"axis": 0}, {"group_size": 64}
 
 

@@ -14,7 +14,7 @@ def layer(choice: LayerChoice, node: Node) -> Form:
     scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
     if scheme == FP:
         return Form(None, "fp", [f"a{act} of a weight in full precision"])
-    row, lost = prod(shape[1:]), list[str]()
+    row, lost, symmetric = prod(shape[1:]), list[str](), scheme.kind == "int"
     bits, group = code_bits(scheme, shape), even_group(scheme, row)
     if len(shape) == 4:
         if act < 16:
@@ -25,17 +25,17 @@ def layer(choice: LayerChoice, node: Node) -> Form:
             lost.append("one range for each output channel and tap, not for each output channel")
         if shape[1] == 1:
             return Form(None, "fp", ["convolution of one input channel: a range would hold one weight"])
-        return Form(weight_only(bits, None), f"int{bits}, a16", lost)
+        return Form(weight_only(bits, None, symmetric), f"int{bits}, a16", lost)
     lost += uneven_groups(scheme, row)
     where = "" if group is None else f" in groups of {group}"
     if act >= 16:
-        return Form(weight_only(bits, group), f"int{bits}{where}, a16", lost)
+        return Form(weight_only(bits, group, symmetric), f"int{bits}{where}, a16", lost)
     if act != 8:
         lost.append(f"input at 8 bits instead of {act}")
     data = {
         "weight_dtype": _dtype(bits),
         "weight_granularity": granularity(group),
-        "weight_mapping_type": _enum("MappingType", "ASYMMETRIC"),
+        "weight_mapping_type": _mapping(symmetric),
         "weight_scale_dtype": None,
         "act_mapping_type": _enum("MappingType", "ASYMMETRIC"),
         **_PACKING,
@@ -52,7 +52,7 @@ def weight_only(bits: int, group: int | None, symmetric: bool = False) -> dict[s
     data = {
         "weight_dtype": _dtype(bits),
         "granularity": granularity(group),
-        "mapping_type": _enum("MappingType", "SYMMETRIC" if symmetric else "ASYMMETRIC"),
+        "mapping_type": _mapping(symmetric),
         "scale_dtype": None,
         **_PACKING,
     }
@@ -61,6 +61,10 @@ def weight_only(bits: int, group: int | None, symmetric: bool = False) -> dict[s
 
 def _enum(kind: str, value: str) -> dict[str, str]:
     return {"_type": kind, "_data": value}
+
+
+def _mapping(symmetric: bool) -> dict[str, str]:
+    return _enum("MappingType", "SYMMETRIC" if symmetric else "ASYMMETRIC")
 
 
 def _dtype(bits: int) -> dict[str, str]:
