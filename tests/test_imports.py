@@ -32,7 +32,7 @@ VALUES = {
     "inputs",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
-SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
+SPACES = {*STORES, "layer_formats", "ties", "targets", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -61,7 +61,9 @@ ALLOWED: dict[str, set[str]] = {
     "study": {*VALUES, "checksums"},
     "study_status": {*VALUES, "study"},
     "layer_formats": VALUES,
-    "space": {*VALUES, "graph", "layer_formats"},
+    "ties": VALUES,
+    "targets": VALUES,
+    "space": {*VALUES, "graph", "layer_formats", "ties", "targets"},
     "choices": {*VALUES, "graph", "layer_formats", "space"},
     "cost": {*VALUES, "graph", "layer_formats", "space", "choices"},
     "memory": {*VALUES, "graph"},

@@ -84,6 +84,8 @@ class Search:
         own = table[(table.kind != "reference") & comparable(table, session.space.correction)]
 
         def offered(config: QuantConfig) -> bool:
+            if session.space.broken_tie(config) is not None:
+                return False
             return all(config[layer].weight in row for layer, row in session.space.choices.items())
 
         sampled = Calibration.of(session.protocol)  # earlier versions said it of calibrated ones only

@@ -1,0 +1,125 @@
+"""Layers that choose together: members of a tied group have one weight scheme and one choice of activation
+bits, as where a program stores them in one tensor.
+
+Searches work on one row for each group, whose costs and damages are the sums over its members.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from aquabit.scheme import AquabitError, Scheme
+
+Tied = tuple[tuple[str, ...], ...]  # groups of two layers or more, in the order of their first layers
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The group of each of L layers, ``index`` [L], and the place of each of G groups' first layer, ``first``
+    [G], which rises; without ties both count the layers."""
+
+    index: np.ndarray
+    first: np.ndarray
+
+    @staticmethod
+    def of(layers: Sequence[str], tied: Tied) -> Groups:
+        leader = {member: group[0] for group in tied for member in group}
+        heads = dict.fromkeys(leader.get(name, name) for name in layers)
+        number, place = {name: i for i, name in enumerate(heads)}, {k: i for i, k in enumerate(layers)}
+        index = [number[leader.get(name, name)] for name in layers]
+        return Groups(np.array(index, int), np.array([place[name] for name in heads], int))
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is tied."""
+        return len(self.index) == len(self.first)
+
+    def members(self, group: int) -> list[int]:
+        """The places of a group's layers."""
+        return [int(i) for i in np.flatnonzero(self.index == group)]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Values [L, ...] added up over the members of each group, [G, ...]."""
+        if self.alone:
+            return values
+        total = np.zeros((len(self.first), *values.shape[1:]), values.dtype)
+        np.add.at(total, self.index, values)
+        return total
+
+
+def find_ties(lists: Iterable[Sequence[str]], layers: Sequence[str], strict: bool = True) -> Tied:
+    """The groups that lists of patterns (as in shells) make: layers that match patterns of one list and whose
+    stars stand for the same text.
+
+    Raises AquabitError for layers that two lists tie to different partners; where ``strict``, also for a list
+    that ties nothing and a pattern that names no layer.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for patterns in lists:
+        groups = [tuple(k for k in layers if k in names) for names in _by_stars(patterns, layers).values()]
+        groups = [group for group in groups if len(group) > 1]
+        if strict:
+            _check_list(patterns, groups, layers)
+        for name, own in ((name, group) for group in groups for name in group):
+            if found.setdefault(name, own) != own:
+                raise AquabitError(
+                    f"layer {name!r} is tied to {_others(name, found[name])} by one list and to"
+                    f" {_others(name, own)} by another; give one list that names them all"
+                )
+    place = {name: i for i, name in enumerate(layers)}
+    return tuple(sorted(dict.fromkeys(found.values()), key=lambda group: place[group[0]]))
+
+
+def _check_list(patterns: Sequence[str], groups: Sequence[tuple[str, ...]], layers: Sequence[str]) -> None:
+    first = f"for example the first layer is {layers[0]!r}"
+    for pattern in patterns:
+        if not any(map(_matcher(pattern).fullmatch, layers)):
+            raise AquabitError(f"tied pattern {pattern!r} matches no layer; {first}")
+    if not groups:
+        raise AquabitError(
+            f"tied {list(patterns)} ties nothing: no two layers match it with stars that stand for the same"
+            f" text; {first}"
+        )
+
+
+def _by_stars(patterns: Sequence[str], layers: Sequence[str]) -> dict[tuple[str, ...], set[str]]:
+    """What stars stand for -> the layers that match some pattern so."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for pattern in patterns:
+        matcher = _matcher(pattern)
+        for name in layers:
+            if match := matcher.fullmatch(name):
+                found.setdefault(match.groups(), set()).add(name)
+    return found
+
+
+def _matcher(pattern: str) -> re.Pattern[str]:
+    """A pattern as in shells, with a group for each star."""
+    parts = pattern.split("*")
+    plain = [fnmatch.translate(part).removeprefix("(?s:").removesuffix(")\\Z") for part in parts]
+    return re.compile("(.*)".join(plain), re.DOTALL)
+
+
+def _others(name: str, group: tuple[str, ...]) -> str:
+    return ", ".join(repr(other) for other in group if other != name)
+
+
+def common_choices(choices: Mapping[str, tuple[Scheme, ...]], tied: Tied) -> dict[str, tuple[Scheme, ...]]:
+    """Choices with those of tied layers narrowed to what all members may take; raises AquabitError, naming
+    them, where that is nothing."""
+    found = dict(choices)
+    for group in tied:
+        row = tuple(s for s in choices[group[0]] if all(s in choices[name] for name in group))
+        if not row:
+            options = "; ".join(f"{name}: {', '.join(map(str, choices[name]))}" for name in group)
+            raise AquabitError(
+                f"tied layers have no scheme in common ({options}); give one that all of them may take, or"
+                " tie fewer"
+            )
+        found |= dict.fromkeys(group, row)
+    return found
