@@ -37,6 +37,7 @@ class PlannedSwap:
     layer: str
     before: Scheme
     after: Scheme
+    context: QuantConfig
     ends: tuple[QuantConfig, QuantConfig]
     checks: Half = "random"  # why the layer was chosen: the ranking puts it first, or by chance
 
@@ -90,7 +91,7 @@ def plan_swaps(
         player = by_name[layer]
         context = contexts.of(player, number)
         before, after = (space.swapped(context, layer, s) for s in (player.before, player.after))
-        flips.append(PlannedSwap(layer, player.before, player.after, (before, after), half))
+        flips.append(PlannedSwap(layer, player.before, player.after, context, (before, after), half))
     return flips
 
 
