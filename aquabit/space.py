@@ -33,6 +33,8 @@ from aquabit.scheme import (
     parse_correction,
 )
 from aquabit.scheme_kinds import KINDS
+from aquabit.target_choices import check_pins, fused, held, rounded
+from aquabit.targets import target_named
 from aquabit.ties import Groups, Tied, common_choices, find_ties
 
 # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
@@ -64,6 +66,7 @@ class SearchSpace:
     steps: StepGroups | None = None
     correction: str | None = None  # of every configuration that quantizes: it is measured after correction
     tied: Tied = ()  # groups of layers that choose together; members have the same choices
+    target: str | None = None  # the program that all of it can be deployed to (``targets.TARGETS``)
     # how a session makes images, for configurations that calibrate nothing to say so too; not stored
     sampled: Calibration | None = field(default=None, compare=False)
 
@@ -77,6 +80,7 @@ class SearchSpace:
                 f"activation bits {list(self.activations)} are not supported; known: {list(ACTIVATION_BITS)}"
             )
         self._check_ties()
+        target_named(self.target)
 
     def _check_ties(self) -> None:
         """Raise AquabitError for groups of less than two layers of the space, a layer in two of them, and
@@ -310,6 +314,7 @@ class SearchSpace:
             "correction": self.correction,
             "step_groups": steps and steps.to_dict(),
             "tied": [list(group) for group in self.tied],
+            "target": self.target,
         }
         return {
             "fingerprint": self.fingerprint,
@@ -337,6 +342,7 @@ class SearchSpace:
             read_groups(found.step_groups, source),
             found.correction,
             found.tied,
+            found.target,
         )
 
 
@@ -355,6 +361,7 @@ class _Stored:
     step_groups: Any = None
     correction: str | None = None
     tied: tuple[tuple[str, ...], ...] = ()
+    target: str | None = None
 
 
 def without_additive(space: SearchSpace) -> SearchSpace:
@@ -386,13 +393,14 @@ def make_space(
     schemes: Sequence[str] | None = None,
     levels: Sequence[float] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None,
-    activations: Sequence[int] = DEFAULT_ACTIVATIONS,
+    activations: Sequence[int] | None = None,
     pinned: Mapping[str, str] | None = None,
     excluded: Sequence[str] = (),
     calibration: Calibration | None = None,
     correction: str | None = None,
     step_groups: Mapping[str, Any] | None = None,
     tied: Sequence[Sequence[str]] = (),
+    target: str | None = None,
 ) -> SearchSpace:
     """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded``
     layers stay ``fp``, and so do those that cannot run from codes (``graph.fixed_layers``).
@@ -405,13 +413,22 @@ def make_space(
     ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes away, are measured on
     (default: ``Calibration()``). ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps
     between which activation bits may change. ``tied``: lists of patterns; layers that match one list, with
-    stars that stand for the same text, choose together, of what all of them may take.
+    stars that stand for the same text, choose together, of what all of them may take. ``target``: a name of
+    ``targets.TARGETS``; what it cannot hold is left out of what is offered (by default its own schemes), a
+    layer that is left with nothing stays ``fp``, and layers that it fuses are tied.
     """
-    nodes = graph_layers(graph)
+    nodes, goal = graph_layers(graph), target_named(target)
     pins = _matching(pinned or {}, list(nodes), "pinned")
     out = {*_matching(excluded, list(nodes), "excluded"), *fixed_layers(graph)}
     partners = codebook_names(graph)
-    choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
+    if goal is not None and schemes is None and levels is None and formats is None:
+        choices = dict.fromkeys(nodes, (FP, *map(Scheme.parse, goal.schemes)))
+    else:
+        choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
+    model_class = str(graph.graph.get("model_class"))
+    if goal is not None:
+        choices = held(goal, nodes, choices, model_class, out)
+        check_pins(goal, nodes, pins, pinned or {}, model_class)
     choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}
     choices |= dict.fromkeys(out, (FP,))
     for name, row in choices.items():
@@ -421,13 +438,15 @@ def make_space(
                 " usq4, or exclude it"
             )
     groups = find_ties(tied, list(nodes))
+    if goal is not None:
+        choices, groups = fused(goal, model_class, choices, groups)
     choices = common_choices(choices, groups)
     calibrated = any(s.calibrated for row in choices.values() for s in row)
     shared = any(s.shared for row in choices.values() for s in row)
     return SearchSpace(
         fingerprint,
         choices,
-        tuple(activations),
+        rounded(goal, activations, DEFAULT_ACTIVATIONS),
         {n: str(a["operator"]) for n, a in nodes.items()},
         {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()},
         model,
@@ -436,7 +455,28 @@ def make_space(
         read_groups(step_groups, "the space"),
         correction,
         groups,
+        None if goal is None else goal.name,
     )
+
+
+def narrowed(space: SearchSpace, graph: nx.DiGraph, target: str | None) -> SearchSpace:
+    """The part of a space that a target can hold; the space itself where it is of that target, or none is
+    named. Raises AquabitError where it is of another one, and where nothing is left."""
+    goal = target_named(target)
+    if goal is None or space.target == goal.name:
+        return space
+    if space.target is not None:
+        raise AquabitError(
+            f"the study was measured for the target {space.target}, not {goal.name}; measure another one with"
+            f" --target {goal.name}"
+        )
+    nodes, model_class = graph_layers(graph), str(graph.graph.get("model_class"))
+    excluded = {k for k, row in space.choices.items() if row == (FP,)}
+    choices = held(goal, nodes, space.choices, model_class, excluded)
+    choices, groups = fused(goal, model_class, choices, space.tied)
+    kept = tuple(a for a in goal.activations if a == 16 or a in space.activations)
+    choices = common_choices(choices, groups)
+    return replace(space, choices=choices, activations=kept, tied=groups, target=goal.name)
 
 
 def _offered(

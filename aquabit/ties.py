@@ -71,8 +71,24 @@ def find_ties(lists: Iterable[Sequence[str]], layers: Sequence[str], strict: boo
                     f"layer {name!r} is tied to {_others(name, found[name])} by one list and to"
                     f" {_others(name, own)} by another; give one list that names them all"
                 )
+    return in_order(tuple(dict.fromkeys(found.values())), layers)
+
+
+def joined(*ties: Tied) -> Tied:
+    """Several groups of ties as one: groups that have a layer in common become one group."""
+    groups: list[tuple[str, ...]] = []
+    for group in (group for tied in ties for group in tied):
+        near = [other for other in groups if set(other) & set(group)]
+        groups = [other for other in groups if other not in near]
+        groups.append(tuple(dict.fromkeys(name for other in (*near, group) for name in other)))
+    return tuple(groups)
+
+
+def in_order(tied: Tied, layers: Sequence[str]) -> Tied:
+    """Groups and their members in the order of layers."""
     place = {name: i for i, name in enumerate(layers)}
-    return tuple(sorted(dict.fromkeys(found.values()), key=lambda group: place[group[0]]))
+    rows = (tuple(sorted(group, key=place.__getitem__)) for group in tied)
+    return tuple(sorted(rows, key=lambda group: place[group[0]]))
 
 
 def _check_list(patterns: Sequence[str], groups: Sequence[tuple[str, ...]], layers: Sequence[str]) -> None:

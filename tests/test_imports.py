@@ -32,7 +32,7 @@ VALUES = {
     "inputs",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
-SPACES = {*STORES, "layer_formats", "ties", "targets", "space", "choices", "cost"}
+SPACES = {*STORES, "layer_formats", "ties", "targets", "target_choices", "space", "choices", "cost"}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -63,7 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     "layer_formats": VALUES,
     "ties": VALUES,
     "targets": VALUES,
-    "space": {*VALUES, "graph", "layer_formats", "ties", "targets"},
+    "target_choices": {*VALUES, "ties", "targets"},
+    "space": {*VALUES, "graph", "layer_formats", "ties", "targets", "target_choices"},
     "choices": {*VALUES, "graph", "layer_formats", "space"},
     "cost": {*VALUES, "graph", "layer_formats", "space", "choices"},
     "memory": {*VALUES, "graph"},

@@ -1,0 +1,206 @@
+"""Targets: what other programs can hold of a model, so that a search offers nothing else.
+
+Each rule says why a layer cannot hold a scheme, as facts of the program's documentation and code, which its
+docstring names. A layer that can hold nothing stays in half precision, as every program has it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aquabit.deployed_kinds import GGUF as GGUF_KINDS
+from aquabit.scheme import FP, AquabitError, Scheme
+
+Node = Mapping[str, Any]  # a layer's attributes in the graph: kind ("linear" or "conv"), shape, groups, ...
+Lists = tuple[tuple[str, ...], ...]  # patterns of layers that are tied, as in a space file
+
+WEIGHTS_ONLY = (16,)  # activation bits of programs that round weights alone
+SHOWN = 3  # layers that a note names
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a program can hold: text forms of its default space (``schemes``; of ours none: that has formats
+    of each layer's own), the ``activations`` that it rounds, and the layers that it fuses, which must share a
+    scheme (``fused``, by class of the denoiser)."""
+
+    name: str
+    schemes: tuple[str, ...]
+    rule: Callable[[Scheme, Node], str | None] = field(repr=False)
+    activations: tuple[int, ...] = WEIGHTS_ONLY
+    fused: Mapping[str, Lists] = field(default_factory=dict)
+
+    def refusal(self, scheme: Scheme, name: str, node: Node, model: str) -> str | None:
+        """Why layer ``name`` of a denoiser of class ``model`` cannot hold a scheme; None where it can."""
+        if scheme == FP:
+            return None
+        return self.rule(scheme, node) or scheme.refuses(tuple(node["shape"]))
+
+    def tied(self, model: str) -> Lists:
+        """Lists of patterns of the layers of a class of denoisers that must share a scheme."""
+        return self.fused.get(model, ())
+
+    def dense(
+        self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None
+    ) -> dict[str, str]:
+        """The layers that can hold none of ``schemes`` (default: the target's own), and why: what is said of
+        most of them."""
+        found, asked = {}, [*(map(Scheme.parse, self.schemes) if schemes is None else schemes)]
+        for name, node in nodes.items():
+            why = [self.refusal(s, name, node, model) for s in asked if s != FP]
+            if why and None not in why:
+                found[name] = str(Counter(reversed(why)).most_common(1)[0][0])
+        return found
+
+    def notes(
+        self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None
+    ) -> list[str]:
+        """What is to be said of layers that stay dense: a sentence for each reason, counted, with the first
+        names."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.dense(nodes, model, schemes).items():
+            reasons.setdefault(why, []).append(name)
+        return [
+            f"{len(names)} of {len(nodes)} layers stay dense for {self.name} ({why}):"
+            f" {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+            for why, names in reasons.items()
+        ]
+
+
+def target_named(name: str | None) -> Target | None:
+    """A target by its name; None where nothing is restricted. Raises AquabitError for an unknown one."""
+    if name is None or name == AQUABIT.name:
+        return None
+    if name not in TARGETS:
+        raise AquabitError(f"the target {name!r} is unknown; known: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _forms(target: str, scheme: Scheme, known: Sequence[str]) -> str | None:
+    """Why a scheme is none of a target's, which are told by their kind and, of integers, their bits."""
+    form = f"{scheme.kind}{scheme.bits}" if scheme.kind in ("int", "usq") else scheme.kind
+    return None if form in known else f"{target} has no {scheme}"
+
+
+def _linear_only(node: Node, who: str) -> str | None:
+    return None if node["kind"] == "linear" else f"{who} quantizes Linear layers alone"
+
+
+def _gguf(scheme: Scheme, node: Node) -> str | None:
+    """Source: diffusers 0.42.1, quantizers/gguf/utils.py: only the weights of Linear modules are replaced by
+    ones that decode (a convolution would compute with the bytes), and its table of types has all of ours;
+    ggml-common.h of llama.cpp for blocks, which lie within a row: 32 weights, of K types 256. F16 and F32 are
+    read as they are."""
+    forms = _forms("GGUF", scheme, [kind.name for kind in GGUF_KINDS])
+    return forms or _linear_only(node, "diffusers' GGUF loader")
+
+
+def _sdnq(scheme: Scheme, node: Node) -> str | None:
+    """Source: sdnq 0.2.8 (PyPI), common.py (dtype_dict: int2 to int8, uint2 to uint8 with a zero point, which
+    our ``usq`` is, float8_e4m3fn) and quantizer.py: Linear, and Conv2d with ``quant_conv``; groups are of
+    input channels at one tap and divide them, and a tap of a convolution without groups has a scale of its
+    own, which may repeat that of its row. What is quantized already has no least size (utils.py)."""
+    known = [*(f"{kind}{bits}" for kind in ("int", "usq") for bits in range(2, 9)), "fp8"]
+    if (why := _forms("SDNQ", scheme, known)) is not None:
+        return why
+    channels, group = node["shape"][1], scheme.group or 1
+    return None if channels % group == 0 else f"its {channels} inputs must be a multiple of {group}"
+
+
+def _bitsandbytes(scheme: Scheme, node: Node) -> str | None:
+    """Source: bitsandbytes 0.50.2, functional.py (QuantState: each layer stores its type, block size, and
+    whether scales are nested) and diffusers 0.42.1, quantizers/bitsandbytes/utils.py: Linear only. Blocks are
+    of the flattened weight, and ours lie within a row. LLM.int8 rounds activations too and is another
+    mode of a whole model, which mixes with no 4-bit layer."""
+    if scheme.kind == "int":
+        return "bitsandbytes' int8 is a mode of a whole model that rounds activations too"
+    return _forms("bitsandbytes", scheme, ["nf4"]) or _linear_only(node, "diffusers with bitsandbytes")
+
+
+def _torchao(scheme: Scheme, node: Node) -> str | None:
+    """Source: torchao 0.18.0, quantization/quant_api.py (IntxWeightOnlyConfig: symmetric int2 to int8 per row
+    or group; Float8WeightOnlyConfig per tensor or row) and prototype/mx_formats (NVFP4WeightOnlyConfig: both
+    sides multiples of 16; mxfp4 rounds activations too); diffusers 0.42.1, torchao_quantizer.py: Linear
+    only."""
+    known = [*(f"int{bits}" for bits in range(2, 9)), "fp8", "nvfp4"]
+    why = _forms("torchao (weights alone)", scheme, known) or _linear_only(node, "diffusers with torchao")
+    if why is None and scheme.kind == "nvfp4" and node["shape"][0] % 16:
+        return f"its {node['shape'][0]} outputs must be a multiple of 16"
+    return why
+
+
+def _modelopt(scheme: Scheme, node: Node) -> str | None:
+    """Source: nvidia-modelopt 0.47.0, torch/quantization/nn (Linear and Conv2d are quantized) and
+    nn/modules/tensor_quantizer.py: what is stored compressed is int4 in blocks, int8, fp8, nvfp4 and mxfp4;
+    blocks are of the last axis, which of a convolution is the kernel's width, so that it has none."""
+    why = _forms("ModelOpt", scheme, ["int4", "int8", "fp8", "nvfp4", "mxfp4"])
+    if why is None and scheme.kind == "int" and (scheme.bits == 4) != (scheme.group is not None):
+        why = "ModelOpt stores int4 in blocks and int8 per channel"
+    if why is None and node["kind"] != "linear" and scheme.group is not None:
+        return "ModelOpt has no blocks of input channels in a convolution"
+    return why
+
+
+def _comfy(scheme: Scheme, node: Node) -> str | None:
+    """Source: ComfyUI, QUANTIZATION.md (layers of a file name their format; Linear layers are loaded so) and
+    comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
+    scales and one float32). Not verified by running it. With ``full_precision_matrix_mult`` activations stay
+    as they are."""
+    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4"]) or _linear_only(node, "ComfyUI")
+    if why is None and scheme.kind == "fp8" and scheme.per_channel:
+        return "ComfyUI's fp8 has one scale a tensor"
+    return why
+
+
+def _aquabit(scheme: Scheme, node: Node) -> str | None:
+    """Our own packed models hold every scheme."""
+    return None
+
+
+_QKV = ("*.to_q", "*.to_k", "*.to_v")
+_ADDED = ("*.add_q_proj", "*.add_k_proj", "*.add_v_proj")
+_SINGLE = (
+    "single_transformer_blocks.*.attn.to_q",
+    "single_transformer_blocks.*.attn.to_k",
+    "single_transformer_blocks.*.attn.to_v",
+    "single_transformer_blocks.*.proj_mlp",
+)
+_DOUBLE = (("transformer_blocks.*.to_q", "transformer_blocks.*.to_k", "transformer_blocks.*.to_v"), _ADDED)
+_REFINER = tuple(f"context_embedder.*.to_{part}" for part in "qkv")
+# tensors that hold several layers in the original files, which diffusers 0.42.1 splits by rows
+# (loaders/single_file_utils.py, the function of each class)
+FUSED: Mapping[str, Lists] = {
+    "FluxTransformer2DModel": (*_DOUBLE, _SINGLE),
+    "ChromaTransformer2DModel": (*_DOUBLE, _SINGLE),
+    "Flux2Transformer2DModel": (_QKV, _ADDED),
+    "SD3Transformer2DModel": (_QKV, _ADDED),
+    "MochiTransformer3DModel": (_QKV, _ADDED),
+    "HunyuanVideoTransformer3DModel": (*_DOUBLE, _SINGLE, _REFINER),
+    "Lumina2Transformer2DModel": (_QKV,),
+    "SanaTransformer2DModel": (
+        tuple(f"*.attn1.to_{part}" for part in "qkv"),
+        ("*.attn2.to_k", "*.attn2.to_v"),
+    ),
+    "ZImageTransformer2DModel": (_QKV,),
+}
+
+GGUF = Target(
+    "gguf",
+    ("q2_Kh", "q3_Kh", "q4_Kh", "q5_Kh", "q6_Kh", "q4_0h", "iq4_nlh", "q5_0h", "q5_1h", "q8_0h"),
+    _gguf,
+    fused=FUSED,
+)
+SDNQ = Target("sdnq", ("usq2g32h", "usq3g32h", "usq4g32h", "usq4h", "usq5h", "usq6h", "int8h"), _sdnq)
+BITSANDBYTES = Target("bitsandbytes", ("nf4g64h", "nf4g64dh", "nf4g128dh", "nf4g256dh"), _bitsandbytes)
+TORCHAO = Target(
+    "torchao", ("int2g32h", "int3g32h", "int4g32h", "int4g64h", "nvfp4h", "int6h", "int8h", "fp8ch"), _torchao
+)
+MODELOPT = Target("modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt)
+COMFY = Target("comfy", ("nvfp4h", "fp8h"), _comfy)
+AQUABIT = Target("aquabit", (), _aquabit, (16, 8, 6))
+TARGETS: Mapping[str, Target] = {
+    t.name: t for t in (GGUF, SDNQ, BITSANDBYTES, TORCHAO, MODELOPT, COMFY, AQUABIT)
+}
