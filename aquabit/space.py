@@ -199,6 +199,20 @@ class SearchSpace:
         scheme = Scheme.parse(scheme)
         return self._with([scheme if len(row) > 1 else row[0] for row in self.choices.values()], act)
 
+    def near_uniform(self, scheme: Scheme, act: Act = 8) -> QuantConfig:
+        """Every layer that may take a scheme with it, the others with what they have nearest in bits, of
+        output-aware ones where they have some."""
+
+        def nearest(layer: str) -> Scheme:
+            bits = self.code_bits(layer, scheme)
+
+            def distance(s: Scheme) -> tuple[bool, bool, float]:
+                return s != scheme, not s.calibrated, abs(self.code_bits(layer, s) - bits)
+
+            return min(self.choices[layer], key=distance)
+
+        return self._with([nearest(layer) for layer in self.choices], act)
+
     def level(self, kind: str, bits: float, act: Act = 8) -> QuantConfig:
         """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones
         where it has some; where it has none of that kind, the nearest output-aware one, else any."""
@@ -467,8 +481,8 @@ def narrowed(space: SearchSpace, graph: nx.DiGraph, target: str | None) -> Searc
         return space
     if space.target is not None:
         raise AquabitError(
-            f"the study was measured for the target {space.target}, not {goal.name}; measure another one with"
-            f" --target {goal.name}"
+            f"the space is of the target {space.target}, not {goal.name}; measure another study with --target"
+            f" {goal.name}"
         )
     nodes, model_class = graph_layers(graph), str(graph.graph.get("model_class"))
     excluded = {k for k, row in space.choices.items() if row == (FP,)}

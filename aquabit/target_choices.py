@@ -26,7 +26,7 @@ def held(
         found[name] = kept or (FP,)
     if all(set(row) == {FP} for name, row in found.items() if name not in excluded):
         schemes = dict.fromkeys(s for row in choices.values() for s in row if s != FP)
-        why = goal.dense(nodes, model, schemes)
+        why = goal.on(nodes, model, schemes).dense
         raise AquabitError(
             f"no layer can hold for {goal.name} any of {', '.join(map(str, schemes))}"
             f" ({next(iter(why.values()), 'all are excluded')}); its own schemes are"

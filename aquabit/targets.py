@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aquabit.deployed_kinds import GGUF as GGUF_KINDS
 from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.ties import Tied, find_ties
 
 Node = Mapping[str, Any]  # a layer's attributes in the graph: kind ("linear" or "conv"), shape, groups, ...
 Lists = tuple[tuple[str, ...], ...]  # patterns of layers that are tied, as in a space file
 
 WEIGHTS_ONLY = (16,)  # activation bits of programs that round weights alone
-SHOWN = 3  # layers that a note names
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,57 @@ class Target:
         """Lists of patterns of the layers of a class of denoisers that must share a scheme."""
         return self.fused.get(model, ())
 
-    def dense(
-        self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None
-    ) -> dict[str, str]:
-        """The layers that can hold none of ``schemes`` (default: the target's own), and why: what is said of
-        most of them."""
-        found, asked = {}, [*(map(Scheme.parse, self.schemes) if schemes is None else schemes)]
+    def on(self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None) -> Held:
+        """What it can hold of the layers of a denoiser of class ``model``, of these ``schemes`` (default: its
+        own)."""
+        asked = [s for s in (map(Scheme.parse, self.schemes) if schemes is None else schemes) if s != FP]
+        dense, tied = dict[str, str](), find_ties(self.tied(model), list(nodes), strict=False)
         for name, node in nodes.items():
-            why = [self.refusal(s, name, node, model) for s in asked if s != FP]
+            why = [self.refusal(s, name, node, model) for s in asked]
             if why and None not in why:
-                found[name] = str(Counter(reversed(why)).most_common(1)[0][0])
-        return found
+                # what is said of most schemes, of equals the last, which asks for least
+                dense[name] = str(Counter(reversed(why)).most_common(1)[0][0])
+        for group in tied:
+            first = next((name for name in group if name in dense), None)
+            if first is not None:
+                dense |= {k: f"stored with {first}, which stays dense" for k in group if k not in dense}
+        return Held(self.name, len(nodes), dense, tied)
 
-    def notes(
-        self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None
-    ) -> list[str]:
-        """What is to be said of layers that stay dense: a sentence for each reason, counted, with the first
-        names."""
+
+@dataclass(frozen=True)
+class Held:
+    """What a target can hold of a model of so many ``layers``: those that stay ``dense``, with the reason,
+    and the groups that it fuses (``tied``)."""
+
+    target: str
+    layers: int
+    dense: Mapping[str, str]
+    tied: Tied
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of it: a sentence for each reason, counted, with the first names."""
         reasons: dict[str, list[str]] = {}
-        for name, why in self.dense(nodes, model, schemes).items():
+        for name, why in self.dense.items():
             reasons.setdefault(why, []).append(name)
-        return [
-            f"{len(names)} of {len(nodes)} layers stay dense for {self.name} ({why}):"
-            f" {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        found = [
+            f"{len(names)} of {self.layers} layers stay dense for {self.target} ({why}): {_first(names)}"
             for why, names in reasons.items()
         ]
+        groups = ["/".join(group) for group in self.tied]
+        if groups:
+            found.append(
+                f"{len(groups)} groups of layers are one tensor each for {self.target} and choose together:"
+                f" {_first(groups, 1)}"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tied": [list(group) for group in self.tied]}
+
+
+def _first(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def target_named(name: str | None) -> Target | None:

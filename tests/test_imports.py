@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "study_status": {*VALUES, "study"},
     "layer_formats": VALUES,
     "ties": VALUES,
-    "targets": VALUES,
+    "targets": {*VALUES, "ties"},
     "target_choices": {*VALUES, "ties", "targets"},
     "space": {*VALUES, "graph", "layer_formats", "ties", "targets", "target_choices"},
     "choices": {*VALUES, "graph", "layer_formats", "space"},

@@ -88,7 +88,11 @@ def damage_answer(session: Session, bits: float, swap: str | None = None) -> Fir
 
 
 def plain_space(space: SearchSpace) -> SearchSpace:
-    """The same layers with PLAIN formats: fewer where a layer is pinned or excluded."""
+    """The same layers with PLAIN formats, or those of its target without H: fewer where a layer is pinned or
+    excluded."""
+    if space.target is not None:
+        rows = {k: tuple(replace(s, output_aware=False) for s in row) for k, row in space.choices.items()}
+        return replace(space, choices={k: tuple(dict.fromkeys(row)) for k, row in rows.items()})
     plain, choices = [Scheme.parse(s) for s in PLAIN], dict[str, tuple[Scheme, ...]]()
     for layer, row in space.choices.items():
         if len(row) > 1:
