@@ -107,7 +107,12 @@ class CostModel:
         nodes = graph_layers(graph)
         self.space, schemes = space, space.schemes
         shapes = self.shapes = [tuple(nodes[k]["shape"]) for k in space.choices]
-        self.bytes = np.array([[weight_bytes(s, q) for q in schemes] for s in shapes], dtype=np.int64)
+        rows = list(zip(shapes, space.choices.values(), strict=True))
+        # 0 where a layer could not even store what others may take
+        sizes = [
+            [0 if q not in row and q.refuses(s) else weight_bytes(s, q) for q in schemes] for s, row in rows
+        ]
+        self.bytes = np.array(sizes, dtype=np.int64)
         self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
         areas = [prod(s[2:]) for s in shapes]
         self.weight_bits = np.array(
