@@ -40,8 +40,12 @@ class Target:
         return self.rule(scheme, node) or scheme.refuses(tuple(node["shape"]))
 
     def tied(self, model: str) -> Lists:
-        """Lists of patterns of the layers of a class of denoisers that must share a scheme."""
-        return self.fused.get(model, ())
+        """Lists of patterns of the layers of a class of denoisers that must share a scheme; of several in one
+        graph ("A+B"), whose layers bear the names of their parts first, those of each."""
+        classes = model.split("+")
+        lists = [patterns for name in dict.fromkeys(classes) for patterns in self.fused.get(name, ())]
+        part = "*." if len(classes) > 1 else ""
+        return tuple(tuple(part + pattern for pattern in patterns) for patterns in lists)
 
     def on(self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None) -> Held:
         """What it can hold of the layers of a denoiser of class ``model``, of these ``schemes`` (default: its

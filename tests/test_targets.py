@@ -252,6 +252,16 @@ def test_a_fused_group_is_tied_and_stays_dense_together() -> None:
     assert make_space(graph, "f", target="sdnq").tied == ()
 
 
+def test_layers_of_several_denoisers_are_fused_within_each() -> None:
+    names = [f"{p}.{b}.0.attn.to_{k}" for p in ("one", "two") for b in ("transformer_blocks",) for k in "qkv"]
+    names += [
+        f"one.single_transformer_blocks.0.{k}" for k in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ]
+    lists = TARGETS["gguf"].tied("FluxTransformer2DModel+FluxTransformer2DModel")
+    found = find_ties(lists, names, strict=False)
+    assert found == (tuple(names[:3]), tuple(names[3:6]), tuple(names[6:]))
+
+
 def test_ties_that_meet_are_one_group() -> None:
     assert joined((("a", "b"), ("c", "d")), (("b", "c"),)) == (("a", "b", "c", "d"),)
     assert joined((("a", "b"),), (("c", "d"),)) == (("a", "b"), ("c", "d"))
