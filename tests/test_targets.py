@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from aquabit.cost import CostModel
+from aquabit.exports.gguf import plan_of
 from aquabit.graph import layers as graph_layers
 from aquabit.measuring.session import target_notes, uniform_references
 from aquabit.pipelines import trace
@@ -19,6 +20,8 @@ from aquabit.targets import FUSED, TARGETS, target_named
 from aquabit.ties import find_ties, joined
 from tests import tiny_pipelines, tiny_recent
 from tests.conftest import tiny_pipeline
+from tests.exports.networks import NETWORKS as PUBLISHED
+from tests.exports.networks import made
 
 OTHERS = [name for name in TARGETS if name != "aquabit"]
 LINEAR = {"kind": "linear", "shape": (512, 768)}
@@ -225,6 +228,18 @@ def test_fused_layers_are_found_in_the_class_that_fuses_them(name: str) -> None:
     assert all(len(g) == 4 for g in single) and bool(single) == (
         name.startswith(("FluxT", "Chroma", "Hunyuan"))
     )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fused_layers_are_the_tensors_that_a_gguf_file_makes_of_several(name: str) -> None:
+    network = made(name)
+    names = [k for k, module in network.named_modules() if isinstance(module, nn.Linear)]
+    places = [place.parts for place in plan_of(network).places if place.name.endswith(".weight")]
+    written = {frozenset(p.removesuffix(".weight") for p in parts) for parts in places if len(parts) > 1}
+    tied = find_ties(TARGETS["gguf"].tied(type(network).__name__), names, strict=False)
+    assert {frozenset(group) for group in tied} == {
+        group & set(names) for group in written if group & set(names)
+    }
 
 
 def test_a_fused_group_is_tied_and_stays_dense_together() -> None:
