@@ -35,7 +35,8 @@ from aquabit.scheme import (
 from aquabit.scheme_kinds import KINDS
 from aquabit.target_choices import check_pins, fused, held, rounded
 from aquabit.targets import target_named
-from aquabit.ties import Groups, Tied, common_choices, find_ties
+from aquabit.tied_groups import Groups
+from aquabit.ties import Tied, common_choices, find_ties
 
 # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
 DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")

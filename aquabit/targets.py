@@ -210,6 +210,7 @@ FUSED: Mapping[str, Lists] = {
     "MochiTransformer3DModel": (_QKV, _ADDED),
     "HunyuanVideoTransformer3DModel": (*_DOUBLE, _SINGLE, _REFINER),
     "Lumina2Transformer2DModel": (_QKV,),
+    "MiniMaxH3Transformer3DModel": (_QKV,),
     "QwenImage21Transformer2DModel": (("*.img_mlp.gate_layer", "*.img_mlp.proj"),),
     "SanaTransformer2DModel": (
         tuple(f"*.attn1.to_{part}" for part in "qkv"),

@@ -1,7 +1,8 @@
 """Layers that choose together: members of a tied group have one weight scheme and one choice of activation
 bits, as where a program stores them in one tensor.
 
-Searches work on one row for each group, whose costs and damages are the sums over its members.
+Patterns become groups of layers here, without numpy, which the command line does not wait for; searches count
+them as ``tied_groups.Groups``.
 """
 
 from __future__ import annotations
@@ -9,47 +10,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from aquabit.scheme import AquabitError, Scheme
 
 Tied = tuple[tuple[str, ...], ...]  # groups of two layers or more, in the order of their first layers
-
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """The group of each of L layers, ``index`` [L], and the place of each of G groups' first layer, ``first``
-    [G], which rises; without ties both count the layers."""
-
-    index: np.ndarray
-    first: np.ndarray
-
-    @staticmethod
-    def of(layers: Sequence[str], tied: Tied) -> Groups:
-        leader = {member: group[0] for group in tied for member in group}
-        heads = dict.fromkeys(leader.get(name, name) for name in layers)
-        number, place = {name: i for i, name in enumerate(heads)}, {k: i for i, k in enumerate(layers)}
-        index = [number[leader.get(name, name)] for name in layers]
-        return Groups(np.array(index, int), np.array([place[name] for name in heads], int))
-
-    @property
-    def alone(self) -> bool:
-        """Whether nothing is tied."""
-        return len(self.index) == len(self.first)
-
-    def members(self, group: int) -> list[int]:
-        """The places of a group's layers."""
-        return [int(i) for i in np.flatnonzero(self.index == group)]
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Values [L, ...] added up over the members of each group, [G, ...]."""
-        if self.alone:
-            return values
-        total = np.zeros((len(self.first), *values.shape[1:]), values.dtype)
-        np.add.at(total, self.index, values)
-        return total
 
 
 def find_ties(lists: Iterable[Sequence[str]], layers: Sequence[str], strict: bool = True) -> Tied:

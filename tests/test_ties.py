@@ -12,7 +12,8 @@ from aquabit.choices import Choices
 from aquabit.pipelines import trace
 from aquabit.scheme import AquabitError, Scheme
 from aquabit.space import SearchSpace, make_space, read_space
-from aquabit.ties import Groups, find_ties
+from aquabit.tied_groups import Groups
+from aquabit.ties import find_ties
 from tests.conftest import tiny_pipeline
 
 QKV = ["*.to_q", "*.to_k", "*.to_v"]

@@ -15,7 +15,7 @@ from aquabit.scheme import AquabitError
 from aquabit.search.ensemble_parts import FeatureSum, Leaves, feature_sums, own_values
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.estimators import Surrogate
-from aquabit.ties import Groups
+from aquabit.tied_groups import Groups
 
 TANGENTS = 6  # that stand for a logarithm from above
 ULPS = 8 * 2.0**-24  # relative error of features in float32, with room

@@ -13,7 +13,7 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, Act, Budget
 from aquabit.space import SearchSpace
-from aquabit.ties import Groups
+from aquabit.tied_groups import Groups
 
 Predict = Callable[[Choices], np.ndarray]  # n rows -> [n], larger = worse
 
