@@ -42,7 +42,7 @@ class Choices:
         column = space.columns
         weight_rows, act_rows = [], []
         for config in configs:
-            space.check(config, extra_schemes=True)
+            space.check(config, extra_schemes=True, broken_ties=True)
             if config.steps not in (None, space.steps):
                 raise AquabitError(
                     f"the configuration has other groups of steps ({config.steps}) than the space"
@@ -105,8 +105,9 @@ class Choices:
         return np.asarray((self.weights != other.weights) | (self.acts != other.acts))
 
     def apart(self, other: Choices) -> np.ndarray:
-        """In how many layers rows differ from those of ``other`` (as many, or one), [n]."""
-        return np.asarray(self.differs(other).sum(1))
+        """In how many layers rows differ from those of ``other`` (as many, or one), [n]; tied layers count
+        as one."""
+        return np.asarray((self.space.groups.sums(self.differs(other).T.astype(int)) > 0).sum(0))
 
     def under(self, variants: Sequence[Variant]) -> Choices:
         """All rows under the first variant, then all under the next: [variants x n, layers]."""
@@ -132,6 +133,14 @@ class Choices:
         """The configuration of a single row; raises ValueError for any other number of rows."""
         (only,) = self.configs()
         return only
+
+    def moved(self, space: SearchSpace) -> Choices:
+        """The same configurations as rows of another space, which has every scheme and the same layers and
+        groups of steps."""
+        if space is self.space:
+            return self
+        column = space.columns
+        return Choices(space, np.array([column[s] for s in self.space.schemes])[self.weights], self.acts)
 
     @property
     def group_bits(self) -> np.ndarray:

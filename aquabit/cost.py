@@ -4,7 +4,8 @@ what is packed."""
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -106,7 +107,12 @@ class CostModel:
         nodes = graph_layers(graph)
         self.space, schemes = space, space.schemes
         shapes = self.shapes = [tuple(nodes[k]["shape"]) for k in space.choices]
-        self.bytes = np.array([[weight_bytes(s, q) for q in schemes] for s in shapes], dtype=np.int64)
+        rows = list(zip(shapes, space.choices.values(), strict=True))
+        # 0 where a layer could not even store what others may take
+        sizes = [
+            [0 if q not in row and q.refuses(s) else weight_bytes(s, q) for q in schemes] for s, row in rows
+        ]
+        self.bytes = np.array(sizes, dtype=np.int64)
         self.macs = np.array([float(nodes[k]["macs"]) for k in space.choices])
         areas = [prod(s[2:]) for s in shapes]
         self.weight_bits = np.array(
@@ -170,7 +176,7 @@ class CostModel:
 
     def __call__(self, config: QuantConfig) -> Cost:
         """Of any configuration of the model, also one with schemes outside the space."""
-        self.space.check(config, extra_schemes=True)
+        self.space.check(config, extra_schemes=True, broken_ties=True)
         size, bops, multiply_adds, lut_adds, tables = 0, self.other_bops, float(self.other_macs), 0.0, {}
         for layer, shape, macs in zip(self.space.choices, self.shapes, self.macs, strict=True):
             choice = config[layer]
@@ -196,13 +202,15 @@ class CostModel:
     def limits(self, act: int | None = None) -> dict[str, tuple[float, float]]:
         """Smallest and largest possible value of each cost, ``act`` fixing the activation bits of all
         layers."""
-        allowed = self.space.allowed()
+        groups = self.space.groups
+        allowed = self.space.allowed()[groups.first]
         acts = [act] if act else list(self.space.activations)
         low, high = self._size_limits(allowed)
         excluded = allowed[:, 0] & (allowed.sum(1) == 1)
         per_act = [np.where(excluded, FULL_BITS, FULL_BITS if a == 16 else a) for a in (min(acts), max(acts))]
-        bops_low = (self.macs * per_act[0] * np.where(allowed, self.weight_bits, np.inf).min(1)).sum()
-        bops_high = (self.macs * per_act[1] * np.where(allowed, self.weight_bits, 0).max(1)).sum()
+        work = groups.sums(self.macs[:, None] * self.weight_bits)
+        bops_low = (per_act[0] * np.where(allowed, work, np.inf).min(1)).sum()
+        bops_high = (per_act[1] * np.where(allowed, work, 0).max(1)).sum()
         found = {
             "bits": (8 * low / self.weights, 8 * high / self.weights),
             "bytes": (int(low + self.other_bytes), int(high + self.other_bytes)),
@@ -212,59 +220,47 @@ class CostModel:
             found["latency_ms"] = self._latency_limits(self.latency, acts, allowed, excluded)
         return found
 
-    @staticmethod
     def _latency_limits(
-        latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray
+        self, latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray
     ) -> tuple[float, float]:
         kept = np.array([a in acts for a in latency.activations])
         widths = np.where(excluded[:, None], np.array(latency.activations) == 16, kept)
-        cells = allowed[:, :, None] & widths[:, None, :]
-        low, high = (np.where(cells, latency.layers, worst) for worst in (np.inf, -np.inf))
+        cells, times = allowed[:, :, None] & widths[:, None, :], self.space.groups.sums(latency.layers)
+        low, high = (np.where(cells, times, worst) for worst in (np.inf, -np.inf))
         return float(low.min((1, 2)).sum() + latency.rest), float(high.max((1, 2)).sum() + latency.rest)
 
     def _size_limits(self, allowed: np.ndarray) -> tuple[int, int]:
-        """Smallest and largest bytes of all weights, for every combination of the codebooks of one name
-        that are there or not."""
-        own = allowed.copy()
-        for tables in self.shared:
+        """Smallest and largest bytes of all weights, for every combination of the codebooks that the same
+        layers may use which are there or not; ``allowed`` [G, schemes] is of groups that choose together."""
+        sizes, own, bundles = self.space.groups.sums(self.bytes), allowed.copy(), self._bundles()
+        for tables in (t for bundle in bundles for t in bundle):
             own[tables.layers, tables.column] = False
-        low, high = np.where(own, self.bytes, 1 << 60).min(1), np.where(own, self.bytes, -1).max(1)
-        names: dict[str, list[SharedTables]] = {}
-        for tables in self.shared:
-            names.setdefault(tables.name, []).append(tables)
+        low, high = np.where(own, sizes, 1 << 60).min(1), np.where(own, sizes, -1).max(1)
         apart = np.ones(len(low), bool)
         least = most = 0
-        for group in names.values():
-            index = np.unique(np.concatenate([t.layers for t in group]))
+        for bundle in bundles:
+            index = np.unique(np.concatenate([t.layers for t in bundle]))
             apart[index] = False
-            picks = product((False, True), repeat=len(group))
-            opened = [[t for t, k in zip(group, pick, strict=True) if k] for pick in picks]
-            both = [self._opened(low, high, index, some) for some in opened]
+            picks = product((False, True), repeat=len(bundle))
+            both = [_opened(sizes, low, high, index, [*zip(bundle, pick, strict=True)]) for pick in picks]
             ends = [b for b in both if b is not None]
             least, most = least + min(b[0] for b in ends), most + max(b[1] for b in ends)
         return int(low[apart].sum()) + least, int(high[apart].sum()) + most
 
-    def _opened(
-        self, low: np.ndarray, high: np.ndarray, index: np.ndarray, group: list[SharedTables]
-    ) -> tuple[int, int] | None:
-        """Smallest and largest bytes of the layers ``index`` where exactly the codebooks of ``group`` are
-        there; None where they cannot be.
-
-        The smallest may leave some of them unused: without those it is smaller still. The largest has a user
-        for each, whoever loses least.
-        """
-        low, high = low.copy(), high.copy()
-        for t in group:
-            size = self.bytes[t.layers, t.column]
-            low[t.layers], high[t.layers] = np.minimum(low[t.layers], size), np.maximum(high[t.layers], size)
-        if (high[index] < 0).any() or len(group) > len(index):
-            return None
-        extra = sum(t.bytes for t in group)
-        loss = np.array(
-            [np.where(np.isin(index, t.layers), (high - self.bytes[:, t.column])[index], 1e18) for t in group]
-        )
-        least_loss = loss[linear_sum_assignment(loss)].sum() if group else 0
-        return int(low[index].sum()) + extra, int(high[index].sum() - least_loss) + extra
+    def _bundles(self) -> list[list[SharedTables]]:
+        """Shared codebooks, their ``layers`` being groups that choose together: those of one scheme and the
+        same groups as one, in lists that have no group in common."""
+        merged: dict[tuple[int, bytes], SharedTables] = {}
+        for t in self.shared:
+            rows = np.unique(self.space.groups.index[t.layers])
+            key = t.column, rows.tobytes()
+            merged[key] = replace(t, layers=rows, bytes=t.bytes + (merged[key].bytes if key in merged else 0))
+        bundles: list[list[SharedTables]] = []
+        for t in merged.values():
+            near = [any(np.isin(t.layers, o.layers).any() for o in bundle) for bundle in bundles]
+            joined = [o for bundle, is_near in zip(bundles, near, strict=True) if is_near for o in bundle]
+            bundles = [b for b, is_near in zip(bundles, near, strict=True) if not is_near] + [[*joined, t]]
+        return bundles
 
     def check(self, budget: Budget, act: int | None = None) -> None:
         """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest
@@ -288,3 +284,42 @@ class CostModel:
         for name, value in budget.limits().items():
             keep = keep & (totals[name] <= value * (1 + 1e-12))
         return np.asarray(keep)
+
+
+def _opened(
+    sizes: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    index: np.ndarray,
+    tables: Sequence[tuple[SharedTables, bool]],
+) -> tuple[int, int] | None:
+    """Smallest and largest bytes of the rows ``index`` where exactly those of ``tables`` are there that say
+    so; None where they cannot be. ``sizes`` [G, schemes] are of what is stored besides, ``low`` and ``high``
+    [G] of what a row may take without shared codebooks.
+
+    The smallest may leave some of them unused: without those it is smaller still. The largest has a user for
+    each, whoever loses least; where tied layers use several at once it has none that it must have, and may be
+    more than can be reached.
+    """
+    low, high = low.copy(), high.copy()
+    there = [(t, _users(t, tables)) for t, is_there in tables if is_there]
+    for t, users in there:
+        low[users] = np.minimum(low[users], sizes[users, t.column])
+        high[users] = np.maximum(high[users], sizes[users, t.column])
+    if (high[index] < 0).any() or any(not len(users) for _, users in there):
+        return None
+    extra, least_loss = sum(t.bytes for t, _ in there), 0
+    used = [(t.column, row) for t, users in there for row in users]
+    if there and len(set(used)) == len(used):
+        if len(there) > len(index):
+            return None
+        lost = [(users, high - sizes[:, t.column]) for t, users in there]
+        loss = np.array([np.where(np.isin(index, users), own[index], 1e18) for users, own in lost])
+        least_loss = loss[linear_sum_assignment(loss)].sum()
+    return int(low[index].sum()) + extra, int(high[index].sum() - least_loss) + extra
+
+
+def _users(own: SharedTables, tables: Sequence[tuple[SharedTables, bool]]) -> np.ndarray:
+    """The rows that may use codebooks: tied layers need all of their scheme's."""
+    missing = [t.layers for t, is_there in tables if not is_there and t.column == own.column]
+    return np.setdiff1d(own.layers, np.concatenate([*missing, np.array([], int)]))

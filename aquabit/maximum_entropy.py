@@ -58,16 +58,16 @@ def share_odds(worse: np.ndarray, counted: np.ndarray, share: float) -> np.ndarr
 
 @dataclass(frozen=True)
 class Gibbs:
-    """Independent draws of one scheme a layer with probability p ~ exp(-beta (damage + price x size)): of
-    all distributions with the same mean size and mean damage the one of largest entropy. ``odds`` [L,
-    schemes]."""
+    """Independent draws of one scheme a row with probability p ~ exp(-beta (damage + price x size)): of
+    all distributions with the same mean size and mean damage the one of largest entropy. ``odds`` [G,
+    schemes]; a row is a layer, or several that choose together."""
 
     odds: np.ndarray
     beta: float
     price: float
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Scheme indices [count, L]."""
+        """Scheme indices [count, G]."""
         uniform = rng.random((count, len(self.odds)))
         edges = np.cumsum(self.odds, 1)
         edges /= edges[:, -1:]

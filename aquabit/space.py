@@ -6,7 +6,7 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ from aquabit.scheme import (
     parse_correction,
 )
 from aquabit.scheme_kinds import KINDS
+from aquabit.target_choices import check_pins, fused, held, rounded
+from aquabit.targets import target_named
+from aquabit.tied_groups import Groups
+from aquabit.ties import Tied, common_choices, find_ties
 
 # beside the additive formats; plain rounding and k-means lose to these nearly everywhere
 DEFAULT_SCHEMES = ("usq2h", "usq4h", "usq6h")
@@ -47,8 +51,9 @@ class SearchSpace:
     """The weight schemes and activation bits each layer may take, layers in execution order.
 
     A pinned layer has one choice; an excluded one stays in full precision with its activations off. With
-    ``steps`` activation bits may change once while sampling (``act_choices``). Rows of its configurations
-    are ``choices.Choices``.
+    ``steps`` activation bits may change once while sampling (``act_choices``). Layers of a group of ``tied``
+    take one scheme and one choice of activations together. Rows of its configurations are
+    ``choices.Choices``.
     """
 
     fingerprint: str
@@ -61,6 +66,8 @@ class SearchSpace:
     calibration: Calibration | None = None
     steps: StepGroups | None = None
     correction: str | None = None  # of every configuration that quantizes: it is measured after correction
+    tied: Tied = ()  # groups of layers that choose together; members have the same choices
+    target: str | None = None  # the program that all of it can be deployed to (``targets.TARGETS``)
     # how a session makes images, for configurations that calibrate nothing to say so too; not stored
     sampled: Calibration | None = field(default=None, compare=False)
 
@@ -73,6 +80,25 @@ class SearchSpace:
             raise AquabitError(
                 f"activation bits {list(self.activations)} are not supported; known: {list(ACTIVATION_BITS)}"
             )
+        self._check_ties()
+        target_named(self.target)
+
+    def _check_ties(self) -> None:
+        """Raise AquabitError for groups of less than two layers of the space, a layer in two of them, and
+        members whose choices differ."""
+        members = Counter(name for group in self.tied for name in group)
+        for group in self.tied:
+            rows = {self.choices.get(name) for name in group}
+            if len(group) < 2 or len(rows) > 1 or None in rows or max(members[name] for name in group) > 1:
+                raise AquabitError(
+                    f"the tied layers {', '.join(group)} must be two or more of the space, in no other group,"
+                    " with the same schemes"
+                )
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Which layers choose together."""
+        return Groups.of(self.layers, self.tied)
 
     @property
     def layers(self) -> list[str]:
@@ -174,6 +200,20 @@ class SearchSpace:
         scheme = Scheme.parse(scheme)
         return self._with([scheme if len(row) > 1 else row[0] for row in self.choices.values()], act)
 
+    def near_uniform(self, scheme: Scheme, act: Act = 8) -> QuantConfig:
+        """Every layer that may take a scheme with it, the others with what they have nearest in bits, of
+        output-aware ones where they have some."""
+
+        def nearest(layer: str) -> Scheme:
+            bits = self.code_bits(layer, scheme)
+
+            def distance(s: Scheme) -> tuple[bool, bool, float]:
+                return s != scheme, not s.calibrated, abs(self.code_bits(layer, s) - bits)
+
+            return min(self.choices[layer], key=distance)
+
+        return self._with([nearest(layer) for layer in self.choices], act)
+
     def level(self, kind: str, bits: float, act: Act = 8) -> QuantConfig:
         """Every free layer with its scheme of a kind nearest to ``bits`` of code, of output-aware ones
         where it has some; where it has none of that kind, the nearest output-aware one, else any."""
@@ -195,9 +235,9 @@ class SearchSpace:
     def full_precision(self) -> QuantConfig:
         return self.config({})
 
-    def check(self, config: QuantConfig, extra_schemes: bool = False) -> None:
+    def check(self, config: QuantConfig, extra_schemes: bool = False, broken_ties: bool = False) -> None:
         """Raise AquabitError where a configuration is of another model, names an unknown layer or a scheme
-        outside the space."""
+        outside the space, or breaks a tie."""
         if config.fingerprint != self.fingerprint:
             raise AquabitError(
                 f"the configuration is for model {config.fingerprint}, this is model {self.fingerprint}"
@@ -213,6 +253,27 @@ class SearchSpace:
                     f"layer {layer!r} may not take {choice.weight}; its choices are"
                     f" {', '.join(map(str, self.choices[layer]))}"
                 )
+        broken = None if broken_ties else self.broken_tie(config)
+        if broken is not None:
+            has = (f"{k} {config[k].weight} at {act_text(config[k].act)}" for k in broken)
+            raise AquabitError(
+                f"tied layers must have the same scheme and activation bits; the configuration gives"
+                f" {', '.join(has)}"
+            )
+
+    def broken_tie(self, config: QuantConfig) -> tuple[str, ...] | None:
+        """The first tied layers to which a configuration gives different schemes or activation bits."""
+        return next((g for g in self.tied if len({(config[k].weight, config[k].act) for k in g}) > 1), None)
+
+    def swapped(self, config: QuantConfig, layer: str, weight: Scheme) -> QuantConfig:
+        """A configuration with another scheme in a layer and in those that are tied to it."""
+        names = self.tied_to(layer)
+        own = {k: self.choice(k, weight, config[k].act) for k in names}
+        return replace(config, layers={**config.layers, **own})
+
+    def tied_to(self, layer: str) -> tuple[str, ...]:
+        """The layers that choose together with one, itself included."""
+        return next((group for group in self.tied if layer in group), (layer,))
 
     def sample(
         self, count: int, seed: int = 0, bits_range: tuple[float, float] = BITS_RANGE
@@ -231,16 +292,22 @@ class SearchSpace:
         target = rng.uniform(*bits_range)
         share = rng.uniform(0, 1) if rng.random() < 0.5 else 0.0
         others = self.lower_acts(share, rng)
-        picked = {}
-        for layer, row in self.choices.items():
+        picked: dict[str, LayerChoice] = {}
+        for group in self.grouped():
+            layer, row = group[0], self.choices[group[0]]
             levels = self.bit_levels(layer)
             level = rng.choice(list(levels), p=level_odds(tuple(levels), target))
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
             low = others[int(rng.integers(len(others)))] if len(others) > 1 else others[0]
             act = low if rng.random() < share else max(self.activations)
-            picked[layer] = self.choice(layer, scheme, 16 if row == (FP,) else act)
+            picked |= {k: self.choice(k, scheme, 16 if row == (FP,) else act) for k in group}
         return self.config(picked)
+
+    def grouped(self) -> list[tuple[str, ...]]:
+        """The layers in groups that choose together, most of them alone, in execution order."""
+        layers, own = self.layers, {group[0]: group for group in self.tied}
+        return [own.get(layers[i], (layers[i],)) for i in self.groups.first]
 
     def lower_acts(self, share: float, rng: np.random.Generator) -> tuple[Act, ...]:
         """What a random configuration gives to the ``share`` of its layers whose activations are not at
@@ -261,6 +328,8 @@ class SearchSpace:
             "calibration": calibration,
             "correction": self.correction,
             "step_groups": steps and steps.to_dict(),
+            "tied": [list(group) for group in self.tied],
+            "target": self.target,
         }
         return {
             "fingerprint": self.fingerprint,
@@ -287,6 +356,8 @@ class SearchSpace:
             found.calibration,
             read_groups(found.step_groups, source),
             found.correction,
+            found.tied,
+            found.target,
         )
 
 
@@ -304,6 +375,8 @@ class _Stored:
     calibration: Calibration | None = None
     step_groups: Any = None
     correction: str | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
+    target: str | None = None
 
 
 def without_additive(space: SearchSpace) -> SearchSpace:
@@ -335,12 +408,14 @@ def make_space(
     schemes: Sequence[str] | None = None,
     levels: Sequence[float] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None,
-    activations: Sequence[int] = DEFAULT_ACTIVATIONS,
+    activations: Sequence[int] | None = None,
     pinned: Mapping[str, str] | None = None,
     excluded: Sequence[str] = (),
     calibration: Calibration | None = None,
     correction: str | None = None,
     step_groups: Mapping[str, Any] | None = None,
+    tied: Sequence[Sequence[str]] = (),
+    target: str | None = None,
 ) -> SearchSpace:
     """The space of a traced model. ``pinned`` maps layer patterns (as in shells) to one scheme; ``excluded``
     layers stay ``fp``, and so do those that cannot run from codes (``graph.fixed_layers``).
@@ -352,13 +427,23 @@ def make_space(
     schemes are fitted to a layer. A scheme that shares codebooks is left out for layers that have no partner.
     ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes away, are measured on
     (default: ``Calibration()``). ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps
-    between which activation bits may change.
+    between which activation bits may change. ``tied``: lists of patterns; layers that match one list, with
+    stars that stand for the same text, choose together, of what all of them may take. ``target``: a name of
+    ``targets.TARGETS``; what it cannot hold is left out of what is offered (by default its own schemes), a
+    layer that is left with nothing stays ``fp``, and layers that it fuses are tied.
     """
-    nodes = graph_layers(graph)
+    nodes, goal = graph_layers(graph), target_named(target)
     pins = _matching(pinned or {}, list(nodes), "pinned")
     out = {*_matching(excluded, list(nodes), "excluded"), *fixed_layers(graph)}
     partners = codebook_names(graph)
-    choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
+    if goal is not None and schemes is None and levels is None and formats is None:
+        choices = dict.fromkeys(nodes, (FP, *map(Scheme.parse, goal.schemes)))
+    else:
+        choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
+    model_class = str(graph.graph.get("model_class"))
+    if goal is not None:
+        choices = held(goal, nodes, choices, model_class, out)
+        check_pins(goal, nodes, pins, pinned or {}, model_class)
     choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}
     choices |= dict.fromkeys(out, (FP,))
     for name, row in choices.items():
@@ -367,12 +452,16 @@ def make_space(
                 f"no scheme is left for layer {name!r} {nodes[name]['shape']}; give one that fits it, as in"
                 " usq4, or exclude it"
             )
+    groups = find_ties(tied, list(nodes))
+    if goal is not None:
+        choices, groups = fused(goal, model_class, choices, groups)
+    choices = common_choices(choices, groups)
     calibrated = any(s.calibrated for row in choices.values() for s in row)
     shared = any(s.shared for row in choices.values() for s in row)
     return SearchSpace(
         fingerprint,
         choices,
-        tuple(activations),
+        rounded(goal, activations, DEFAULT_ACTIVATIONS),
         {n: str(a["operator"]) for n, a in nodes.items()},
         {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()},
         model,
@@ -380,7 +469,29 @@ def make_space(
         (calibration or Calibration()) if calibrated or parse_correction(correction) else None,
         read_groups(step_groups, "the space"),
         correction,
+        groups,
+        None if goal is None else goal.name,
     )
+
+
+def narrowed(space: SearchSpace, graph: nx.DiGraph, target: str | None) -> SearchSpace:
+    """The part of a space that a target can hold; the space itself where it is of that target, or none is
+    named. Raises AquabitError where it is of another one, and where nothing is left."""
+    goal = target_named(target)
+    if goal is None or space.target == goal.name:
+        return space
+    if space.target is not None:
+        raise AquabitError(
+            f"the space is of the target {space.target}, not {goal.name}; measure another study with --target"
+            f" {goal.name}"
+        )
+    nodes, model_class = graph_layers(graph), str(graph.graph.get("model_class"))
+    excluded = {k for k, row in space.choices.items() if row == (FP,)}
+    choices = held(goal, nodes, space.choices, model_class, excluded)
+    choices, groups = fused(goal, model_class, choices, space.tied)
+    kept = tuple(a for a in goal.activations if a == 16 or a in space.activations)
+    choices = common_choices(choices, groups)
+    return replace(space, choices=choices, activations=kept, tied=groups, target=goal.name)
 
 
 def _offered(
@@ -430,7 +541,7 @@ def read_groups(value: Any, source: str) -> StepGroups | None:
 
 def read_space(path: str | Path) -> dict[str, Any]:
     """The keyword arguments of ``make_space`` from a JSON file: schemes, levels, formats, activations,
-    pinned, excluded, correction, step_groups."""
+    pinned, excluded, correction, step_groups, tied."""
     value = read_json(path)
     known = {
         "schemes": list,
@@ -441,6 +552,7 @@ def read_space(path: str | Path) -> dict[str, Any]:
         "excluded": list,
         "correction": str,
         "step_groups": dict,
+        "tied": list,
     }
     if not isinstance(value, dict):
         raise AquabitError(f"{path} must hold a JSON object with any of {', '.join(known)}")
@@ -464,6 +576,12 @@ def read_space(path: str | Path) -> dict[str, Any]:
     for pattern in value.get("excluded", []):
         if not isinstance(pattern, str):
             raise AquabitError(f"{path}: excluded pattern {pattern!r} must be text, as in conv_in")
+    for patterns in value.get("tied", []):
+        if not isinstance(patterns, list) or len(patterns) < 2 or not all(type(p) is str for p in patterns):
+            raise AquabitError(
+                f"{path}: tied holds {patterns!r:.60}; it must hold lists of two or more patterns of layers,"
+                ' as in [["*.to_q", "*.to_k", "*.to_v"]]'
+            )
     for bits in value.get("activations", []):
         if type(bits) is not int or bits not in ACTIVATION_BITS:
             raise AquabitError(

@@ -18,8 +18,8 @@ from aquabit.exports.exported import Exported, check_one_network
 from aquabit.files import check_apart, write_bytes
 from aquabit.graph import LayerGraph
 from aquabit.jsonio import write_json
-from aquabit.measuring.session import Session, open_session
-from aquabit.measuring.settings import MeasureOptions
+from aquabit.measuring.session import Session, open_session, target_notes
+from aquabit.measuring.settings import MeasureOptions, check_target
 from aquabit.measuring.where import HERE, Where, WhereOptions
 from aquabit.packing import AnyModel, coded, generate, quantize
 from aquabit.pipelines.loading import sources_of
@@ -46,7 +46,7 @@ from aquabit.sensitivity.effects.validation import validate_in
 from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.plan import ALL, WANTED, Planner, SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
-from aquabit.space import SearchSpace
+from aquabit.space import SearchSpace, narrowed
 from aquabit.study import Study
 from aquabit.study_status import start_plan
 from aquabit.user_code import names_function
@@ -67,6 +67,7 @@ class RunOptions(WhereOptions, total=False):
 
     protocol: Protocol | None
     space: Mapping[str, Any] | None
+    target: str | None
     quality: QualityOptions | None
     damages: str | None
 
@@ -209,6 +210,7 @@ def find(
     bops: float | None = None,
     latency_ms: float | None = None,
     correction: str | None = None,
+    target: str | None = None,
     pipe: AnyModel | None = None,
     seed: int = 0,
     against: Sequence[QuantConfig] = (),
@@ -223,7 +225,8 @@ def find(
     the study measured, and ``against``. ``latency_ms`` limits a denoiser call with one sample at the model's
     own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates are measured and
     chosen after it, in a study that was measured without (``corrected_session``); a study that was measured
-    with one needs none. ``method``, ``rounds``, ``per_round`` and ``screen``: see
+    with one needs none. ``target`` (a name of ``targets.TARGETS``): only what that program can hold, of what
+    the study measured. ``method``, ``rounds``, ``per_round`` and ``screen``: see
     ``search_options.SearchOptions``; workers, device, dtype, bank and ray: see ``measuring.where.Where``.
     Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
     of ``against`` that is of another model.
@@ -232,7 +235,8 @@ def find(
     named = [(f"given {i}", c) for i, c in enumerate(against, 1)]
     how, where = _split(options, SearchOptions)
     asked = SearchOptions(budget, seed=seed, against=named, **how)
-    return search(study, asked, Where(**where), correction=correction, pipe=pipe, progress=progress)
+    kept: dict[str, Any] = {"correction": correction, "target": target, "pipe": pipe}
+    return search(study, asked, Where(**where), **kept, progress=progress)
 
 
 def _split(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -241,18 +245,33 @@ def _split(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict
     return {k: v for k, v in options.items() if k in own}, {k: v for k, v in options.items() if k not in own}
 
 
+def _measured(options: Mapping[str, Any]) -> tuple[MeasureOptions, Where]:
+    """Keywords of ``measure`` and ``run`` as values; the target is one of the space."""
+    how, where = _split({k: v for k, v in options.items() if k != "target"}, MeasureOptions)
+    if options.get("target") is not None:
+        how["space"] = {**(how.get("space") or {}), "target": options["target"]}
+    return MeasureOptions(**how), Where(**where)
+
+
 def search(
     study: Study,
     options: SearchOptions,
     where: Where = HERE,
     *,
     correction: str | None = None,
+    target: str | None = None,
     pipe: AnyModel | None = None,
     progress: Progress = no_progress,
     told: Callable[[str], object] = lambda _: None,
 ) -> Front:
     """``find`` with values; ``told`` gets what is to be said before anything is measured."""
+    check_target(study, target)
     with open_session(_source(study, pipe), study, where=where, progress=progress) as session:
+        space = narrowed(session.space, session.model.graph, target)
+        if space is not session.space:
+            session = session.with_space(space)
+            for note in target_notes(space, session.model.graph):
+                told(note)
         _check(session, options)
         if correction is not None:
             session = corrected_session(session, correction, progress)
@@ -320,13 +339,13 @@ def run(
     early on, first.json (``first_answer.FirstAnswer``, from gradients alone) with first-config.json, and the
     page as far as it is.
     Protocol, space and quality: see ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and
-    ray: see ``measuring.where.Where``.
+    ray: see ``measuring.where.Where``; ``target``: see ``space.make_space``.
     """
     time_given = None if within is None else parse_time(within)
     flow = FlowOptions(bits, flips, swap, time_given, fits=fits)
     sample = SampleOptions(samples, sample_seed, design)
-    how, where = _split(options, MeasureOptions)
-    return run_flow(model, Path(out), flow, sample, MeasureOptions(**how), Where(**where), progress)
+    how, where = _measured(options)
+    return run_flow(model, Path(out), flow, sample, how, where, progress)
 
 
 def run_flow(
@@ -578,15 +597,15 @@ def measure(
     ``configs``, references first; the number of new measurements. In ``workers`` processes, or on the cluster
     at a ``ray`` address (auto, local, host:port). Protocol, space and quality: see
     ``measuring.settings.MeasureOptions``; workers, device, dtype, bank and ray: see
-    ``measuring.where.Where``.
+    ``measuring.where.Where``; ``target``: see ``space.make_space``.
 
     Measured again, only what is missing is made: interrupted anywhere, the same call continues, and with more
     samples it adds to them. Raises AquabitError for an unknown design, and for a shard of one that depends on
     what was measured.
     """
     sample = SampleOptions(samples, sample_seed, design, shard)
-    how, where = _split(options, MeasureOptions)
-    return measure_model(model, study, sample, MeasureOptions(**how), Where(**where), configs, progress)
+    how, where = _measured(options)
+    return measure_model(model, study, sample, how, where, configs, progress)
 
 
 def measure_model(

@@ -32,7 +32,17 @@ VALUES = {
     "inputs",
 }
 STORES = {*VALUES, "graph", "kernels", "quality", "study", "study_status"}
-SPACES = {*STORES, "layer_formats", "space", "choices", "cost"}
+SPACES = {
+    *STORES,
+    "layer_formats",
+    "ties",
+    "tied_groups",
+    "targets",
+    "target_choices",
+    "space",
+    "choices",
+    "cost",
+}
 MODELS = {*SPACES, "memory", "quant", "pipelines"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -61,7 +71,11 @@ ALLOWED: dict[str, set[str]] = {
     "study": {*VALUES, "checksums"},
     "study_status": {*VALUES, "study"},
     "layer_formats": VALUES,
-    "space": {*VALUES, "graph", "layer_formats"},
+    "ties": VALUES,
+    "tied_groups": {*VALUES, "ties"},
+    "targets": {*VALUES, "ties"},
+    "target_choices": {*VALUES, "ties", "targets"},
+    "space": {*VALUES, "graph", "layer_formats", "ties", "tied_groups", "targets", "target_choices"},
     "choices": {*VALUES, "graph", "layer_formats", "space"},
     "cost": {*VALUES, "graph", "layer_formats", "space", "choices"},
     "memory": {*VALUES, "graph"},

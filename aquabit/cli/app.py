@@ -150,14 +150,18 @@ def inspect(
     memory: options.MemoryPeaks = False,
     micro_batch: options.MicroBatch = 64,
     guidance: options.Guidance = 1.0,
+    target: options.Target = None,
     json_: options.Json = None,
 ) -> None:
-    """Layers, operator types, sizes and multiply-adds; or peak memory."""
-    from aquabit.graph import graph_notes, to_json
+    """Layers, operator types, sizes and multiply-adds, and what a target cannot hold; or peak memory."""
+    from aquabit.graph import graph_notes, layers, to_json
     from aquabit.memory import NOT_COUNTED, elements, peaks
     from aquabit.pipelines import Model, load, model_notes, network_of, trace
+    from aquabit.targets import target_named
 
     groups.check_idle(context, not memory, "without --memory", "micro_batch", "guidance")
+    groups.check_idle(context, memory, "beside --memory", "target")
+    goal = target_named(target)
     model = source.of(model)
     pipe = load(model)
     graph = trace(pipe)
@@ -169,8 +173,10 @@ def inspect(
         told = [p.to_dict() for p in found]
         if not emit({"micro_batch": micro_batch, "not_counted": NOT_COUNTED, "peaks": told}, json_):
             tables.show_peaks(found, micro_batch, NOT_COUNTED)
-    elif not emit(to_json(graph), json_):
-        for note in (*model_notes(pipe, graph), *graph_notes(graph)):
+        return
+    about = None if goal is None else goal.on(layers(graph), str(graph.graph["model_class"]))
+    if not emit({**to_json(graph), **({} if about is None else {"target": about.to_dict()})}, json_):
+        for note in (*model_notes(pipe, graph), *graph_notes(graph), *(about.notes if about else ())):
             console.print(f"[yellow]{plain(note)}[/]", highlight=False)
         tables.show_graph(graph)
 
@@ -346,6 +352,7 @@ def search(
     limits: groups.Limits,
     searching: groups.Searching,
     machine: groups.Machine,
+    target: options.Target = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the winner here, as config.json.")] = None,
     correction: Annotated[
         str | None,
@@ -373,6 +380,7 @@ def search(
             asked,
             where,
             correction=correction,
+            target=target,
             pipe=model,
             progress=progress,
             told=partial(tell, json_),

@@ -197,6 +197,7 @@ class Measuring:
     prompts: options.Prompts = None
     guidance: options.Guidance = Protocol.guidance
     space: options.SpaceFile = None
+    target: options.Target = None
     objective: options.Objective = Protocol.objective
     reference: options.Reference = None
     features: options.Features = None
@@ -251,6 +252,8 @@ class Measuring:
             asked["correction"] = self.correction
         if self.step_groups is not None:
             asked["step_groups"] = {"total": self.steps, "starts": _first_steps(self.step_groups)}
+        if self.target is not None:
+            asked["target"] = self.target
         return asked or None
 
 

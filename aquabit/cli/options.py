@@ -9,6 +9,7 @@ import typer
 
 from aquabit.cli.progress import tell
 from aquabit.scheme import LOWER_IS_BETTER, SCHEDULERS
+from aquabit.targets import TARGETS
 from aquabit.user_code import names_function
 
 
@@ -142,7 +143,17 @@ SpaceFile = Annotated[
         "--space",
         help=(
             "JSON: schemes, levels (code bits of additive formats), formats, activations, pinned, excluded,"
-            " correction, step_groups."
+            " correction, step_groups, tied."
+        ),
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help=(
+            f"Only what this program can hold of each layer: {', '.join(TARGETS)} (everything); what it"
+            " keeps dense stays so, layers that it fuses choose together."
         ),
     ),
 ]

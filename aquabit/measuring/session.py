@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from aquabit.cost import CostModel
-from aquabit.graph import to_json
+from aquabit.graph import LayerGraph, layers, to_json
 from aquabit.measuring.damage_scores import damage_notes
 from aquabit.measuring.evaluator import Evaluator, Slopes
 from aquabit.measuring.fitting import GRADIENTS, PROBES, fit_all, source_of
@@ -24,10 +24,11 @@ from aquabit.pipelines import Pipeline
 from aquabit.pipelines.loading import check_device
 from aquabit.quant.bank import Bank
 from aquabit.quant.calibration.fitting import CALIBRATED_FITS
-from aquabit.scheme import Progress, Protocol, QuantConfig, Scheme, digest, no_progress
+from aquabit.scheme import FP, Progress, Protocol, QuantConfig, Scheme, digest, no_progress
 from aquabit.scheme_kinds import ADDITIVE
 from aquabit.space import SearchSpace, without_additive
 from aquabit.study import Study
+from aquabit.targets import target_named
 
 # measured beside samples, output-aware where anything is: what one would take without a search
 UNIFORM = ("usq2", "usq3", "usq4")
@@ -36,8 +37,13 @@ OUTPUTS_TASK = 8  # configurations whose output errors are one task: an interrup
 
 def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     """What random configurations are seen beside: one scheme for all layers, and the layers' additive
-    formats at each level they have."""
+    formats at each level they have. Of a target's space, each scheme that at least half of the free layers
+    may take: nothing that cannot be deployed."""
     act = max(space.activations)
+    if space.target is not None:
+        free = [space.choices[k] for k in space.free_layers()]
+        usual = [s for s in space.schemes if s != FP and 2 * sum(s in row for row in free) >= len(free)]
+        return [space.near_uniform(s, act) for s in usual]
     levels = sorted(
         {round(2 * space.code_bits(k, s)) / 2 for k, row in space.choices.items() for s in row if s.additive}
     )
@@ -206,7 +212,7 @@ def open_session(
             check_measuring(opened.graph, protocol, where.device, where.workers, **need)
         if check is not None:
             check(space)
-        notes = [*opened.notes, *_fit_notes(study, space)]
+        notes = [*opened.notes, *target_notes(space, opened.graph), *_fit_notes(study, space)]
         if notes:
             study.set(family_notes=notes)
         if damages != (study.get("damages") or PROBES):
@@ -240,6 +246,14 @@ def open_session(
                 study.set(family_notes=[*notes, *told])
             yield session
             bank.trim()
+
+
+def target_notes(space: SearchSpace, graph: LayerGraph) -> list[str]:
+    """What is to be said of layers that stay dense, or are fused, in a target's space."""
+    goal = target_named(space.target)
+    if goal is None:
+        return []
+    return goal.on(layers(graph), str(graph.graph.get("model_class")), space.schemes).notes
 
 
 def _wanted_notes(study: Study, space: SearchSpace) -> list[str]:

@@ -13,6 +13,7 @@ from aquabit.quant.bank import Bank
 from aquabit.scheme import AquabitError, Calibration, Progress, Protocol, no_progress
 from aquabit.space import SearchSpace, make_space
 from aquabit.study import Study
+from aquabit.targets import target_named
 
 NO_REAL_IMAGES = (
     "{} names no real images, so the objective is {}, the distance to its own full-precision images; for FID"
@@ -63,8 +64,13 @@ def settings(
         given = replace(options.protocol or Protocol(), dtype=dtype)
         protocol = protocol_for(model, given, meter, progress)
     begun = study is not None and "space" in study and study.get("fingerprint") == model.fingerprint
-    if study is not None and begun and options.space is None:
-        space = SearchSpace.from_dict(study.get("space"))
+    asked = dict(options.space or {})
+    target = asked.pop("target", None)
+    if study is not None and begun:
+        check_target(study, target)
+    stored = SearchSpace.from_dict(study.get("space")) if study is not None and begun else None
+    if stored is not None and not asked and (target is None or stored.target == target):
+        space = stored
     else:
         kept = {"calibration": Calibration.of(protocol), **(options.space or {})}
         if groups := kept.get("step_groups"):  # what does not run counts in no group
@@ -78,6 +84,15 @@ def settings(
             " give both the same number"
         )
     return protocol, replace(space, sampled=Calibration.of(protocol))
+
+
+def check_target(study: Study, target: str | None) -> None:
+    """Raise AquabitError where a study was begun for another target."""
+    asked, begun = target_named(target), (study.get("space") or {}).get("target")
+    if asked is not None and begun is not None and asked.name != begun:
+        raise AquabitError(
+            f"{study.path} was begun for the target {begun}, not {asked.name}; use that, or another study"
+        )
 
 
 def protocol_for(

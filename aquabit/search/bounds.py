@@ -15,6 +15,7 @@ from aquabit.scheme import AquabitError
 from aquabit.search.ensemble_parts import FeatureSum, Leaves, feature_sums, own_values
 from aquabit.sensitivity.features import Encoder
 from aquabit.sensitivity.surrogate.estimators import Surrogate
+from aquabit.tied_groups import Groups
 
 TANGENTS = 6  # that stand for a logarithm from above
 ULPS = 8 * 2.0**-24  # relative error of features in float32, with room
@@ -27,7 +28,8 @@ class EnsembleBound:
     [R, L, C] at most ``caps`` [R]), and the fractional choice [L, C] that it was found at; (inf, None) where
     none keeps them.
 
-    Row c of ``each`` gives every layer column c; ``allowed`` says which there are at all. It is the optimum
+    Row c of ``each`` gives every layer column c; ``allowed`` says which there are at all. Where ``groups``
+    tie layers, rows of ``allowed`` and ``costs`` are theirs. It is the optimum
     of a linear program: shares of columns, and of the leaves of each tree, of which those on one side of a
     split weigh no more than what goes there (Mišić,
     "Optimization of tree ensembles", 2020); a split on an aggregate, as on the error of an operator type, is
@@ -37,14 +39,22 @@ class EnsembleBound:
     is not the boosted one.
     """
 
-    def __init__(self, surrogate: Surrogate, encoder: Encoder, each: Choices, allowed: np.ndarray):
+    def __init__(
+        self,
+        surrogate: Surrogate,
+        encoder: Encoder,
+        each: Choices,
+        allowed: np.ndarray,
+        groups: Groups | None = None,
+    ):
         if not hasattr(surrogate, "boosters_"):
             raise AquabitError(f"bounds are known for boosted trees only, not for {type(surrogate).__name__}")
         self.surrogate, self.encoder, self.shape = surrogate, encoder, allowed.shape
         none = np.zeros_like(each.weights)
-        blank = Choices.picked(each.space, none, none, encoder.levels[:1])
-        acts = np.where(allowed.T, each.acts, blank.acts)
-        each = Choices(each.space, np.where(allowed.T, each.weights, none), acts)
+        self.groups = groups or each.space.groups
+        blank, own = Choices.picked(each.space, none, none, encoder.levels[:1]), allowed[self.groups.index].T
+        acts = np.where(own, each.acts, blank.acts)
+        each = Choices(each.space, np.where(own, each.weights, none), acts)
         self.each, self.root = each, allowed
         self.columns = feature_sums(encoder, each)
         self.trees = Leaves.of(surrogate.boosters_)
@@ -53,8 +63,9 @@ class EnsembleBound:
         self.constant = 0.0
         if linear is not None:
             self.constant = surrogate.linear * (linear.intercept - float(linear.weights @ linear.mean))
-        self.layer, self.value = own_values(encoder, each)
-        self.own = self.layer >= 0
+        layer, self.value = own_values(encoder, each)
+        self.own = layer >= 0
+        self.layer = np.where(self.own, self.groups.index[layer], -1)
         self.table = np.zeros(self.shape)  # the ridge's columns of one layer
         for f in np.flatnonzero(self.own):
             self.table[self.layer[f]] += self.ridge[f] * self.value[f].astype(float)
@@ -130,15 +141,16 @@ class EnsembleBound:
         return column
 
     def _parts(self, f: int) -> np.ndarray:
-        """Parts [L, C] of a sum, zero in layers that it does not depend on."""
-        column, out = self._column(f), np.zeros(self.shape)
-        out[column.layers] = np.where(self.root[column.layers], column.parts[column.layers], 0.0)
-        return out
+        """Parts [L, C] of a sum, those of tied layers added up; zero in layers that it does not depend on."""
+        column = self._column(f)
+        out = np.zeros((len(self.groups.index), self.shape[1]))
+        out[column.layers] = column.parts[column.layers]
+        return np.where(self.root, self.groups.sums(out), 0.0)
 
     def interval(self, f: int, allowed: np.ndarray) -> tuple[float, float]:
         """Smallest and largest value of the sum behind a known feature."""
-        column = self._column(f)
-        parts, inside = column.parts[column.layers], allowed[column.layers]
+        rows = np.unique(self.groups.index[self._column(f).layers])
+        parts, inside = self._parts(f)[rows], allowed[rows]
         low, high = np.where(inside, parts, np.inf).min(1), np.where(inside, parts, -np.inf).max(1)
         return float(low.sum()), float(high.sum())
 
@@ -169,7 +181,7 @@ class EnsembleBound:
             part = names.get(self.encoder.columns[f])
             if part is None:
                 continue
-            sketch = self.encoder.sketches(self.each, part).swapaxes(0, 1).astype(float)
+            sketch = self.groups.sums(self.encoder.sketches(self.each, part).swapaxes(0, 1).astype(float))
             middle = (sketch * allowed[..., None]).sum(1) / allowed.sum(1)[:, None]
             reach = np.where(allowed, np.linalg.norm(sketch - middle[:, None], axis=2), 0.0).max(1).sum()
             length = float(np.linalg.norm(middle.sum(0)))

@@ -88,19 +88,23 @@ def damage_answer(session: Session, bits: float, swap: str | None = None) -> Fir
 
 
 def plain_space(space: SearchSpace) -> SearchSpace:
-    """The same layers with PLAIN formats: fewer where a layer is pinned or excluded."""
+    """The same layers with PLAIN formats, or those of its target without H: fewer where a layer is pinned or
+    excluded."""
+    if space.target is not None:
+        rows = {k: tuple(replace(s, output_aware=False) for s in row) for k, row in space.choices.items()}
+        return replace(space, choices={k: tuple(dict.fromkeys(row)) for k, row in rows.items()})
     plain, choices = [Scheme.parse(s) for s in PLAIN], dict[str, tuple[Scheme, ...]]()
     for layer, row in space.choices.items():
         if len(row) > 1:
             choices[layer] = (*([FP] if FP in row else []), *plain)
         elif row == (FP,):
             choices[layer] = row
-        else:  # as good as its own
-            own = space.code_bits(layer, row[0])
-            choices[layer] = (min(plain, key=lambda s, layer=layer: abs(space.code_bits(layer, s) - own)),)  # type: ignore[misc]
-    return SearchSpace(
-        space.fingerprint, choices, (max(space.activations),), space.operators, space.kernel_area, space.model
-    )
+        else:  # as good as its own, or as that of the layer that it is tied to
+            first = space.tied_to(layer)[0]
+            own = space.code_bits(first, row[0])
+            choices[layer] = (min(plain, key=lambda s, first=first: abs(space.code_bits(first, s) - own)),)  # type: ignore[misc]
+    about = space.operators, space.kernel_area, space.model
+    return SearchSpace(space.fingerprint, choices, (max(space.activations),), *about, tied=space.tied)
 
 
 def _answer(
@@ -113,11 +117,8 @@ def _answer(
 ) -> FirstAnswer:
     damages, budget = Damages.of(space, features), Budget(bits)
     named = named_swap(space, swap)
-    column = space.columns
-    added = {
-        p.layer: damages.weights[p.column, column[p.after]] - damages.weights[p.column, column[p.before]]
-        for p in find_players(space, parse_swap(named))
-    }
+    players = find_players(space, parse_swap(named))
+    added = {p.layer: damages.swap(p.columns, p.before, p.after) for p in players}
     worst = sorted(added, key=lambda layer: -added[layer])
     ranking = tuple(RankedLayer(layer, float(added[layer])) for layer in worst)
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from aquabit import _notebook
 from aquabit.cost import CostModel
 from aquabit.jsonio import clear_errors, defined, record
-from aquabit.scheme import AquabitError, Budget, QuantConfig
+from aquabit.scheme import FP, AquabitError, Budget, QuantConfig
 from aquabit.scheme_kinds import UNIFORM
 from aquabit.search.options import activation_choices
 from aquabit.search.proof import Proof
@@ -50,14 +50,16 @@ def hypervolume(values: Sequence[float], costs: Sequence[float], reference: tupl
 def smallest_uniform(
     cost_model: CostModel, space: SearchSpace, at_least_bytes: int = 0
 ) -> QuantConfig | None:
-    """The smallest uniform configuration of USQ that is no smaller than ``at_least_bytes``, activations
-    as budgets in bits fix them; None where even the largest is smaller.
+    """The smallest uniform configuration of USQ, or where no layer may take it of any scheme, that is no
+    smaller than ``at_least_bytes``, activations as budgets in bits fix them; None where even the largest is
+    smaller.
 
     A scheme counts when every free layer may take it; of two of one size the output-aware one is taken, which
     is the harder to beat.
     """
     (act,) = activation_choices(space)
-    schemes = [s for s in space.common_schemes() if s.record is UNIFORM]
+    common = [s for s in space.common_schemes() if s != FP]
+    schemes = [s for s in common if s.record is UNIFORM] or common
     sized = [(cost_model(space.uniform(s, act)).bytes, not s.output_aware, i) for i, s in enumerate(schemes)]
     large = [row for row in sized if row[0] >= at_least_bytes]
     return space.uniform(schemes[min(large)[2]], act) if large else None

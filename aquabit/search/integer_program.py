@@ -55,7 +55,8 @@ def solve(
     """The configuration of least total score within every limit of ``budget``, exactly (bytes are whole
     numbers).
 
-    With ``ties``, totals that exceed the least by no more than this share of the largest difference between
+    Tied layers of the space are one row of the program, whose scores and costs are their sums. With ``ties``,
+    totals that exceed the least by no more than this share of the largest difference between
     two totals count as equal, and of them the configuration of fewest operations is taken
     (``kernel_operations``): a second program, in which the score is one more limit.
 
@@ -149,22 +150,22 @@ class _Program:
 
 
 def _table(scores: np.ndarray, cost_model: CostModel, options: Options) -> np.ndarray:
-    """Scores as float64 [L, C], checked."""
+    """Scores as float64 [L, C], checked; those of tied layers added up."""
     shape = (len(cost_model.space.choices), len(cost_model.space.schemes), len(options.columns.activations))
     if scores.shape != shape:
         raise AquabitError(
             f"scores have shape {scores.shape}; this space and budget take [layers, schemes, activations] ="
             f" {shape}"
         )
-    table = np.asarray(scores, float).reshape(shape[0], -1)
-    bad = np.argwhere(options.columns.allowed & ~np.isfinite(table))
+    table, groups = np.asarray(scores, float).reshape(shape[0], -1), options.columns.groups
+    bad = np.argwhere(options.columns.allowed[groups.index] & ~np.isfinite(table))
     if len(bad):
         layer, column = bad[0]
         name, scheme = cost_model.space.layers[layer], cost_model.space.schemes[column // shape[2]]
         raise AquabitError(
             f"the score of layer {name!r} at {scheme} is {table[layer, column]}; scores must be finite"
         )
-    return table
+    return groups.sums(table)
 
 
 def _spans(table: np.ndarray, options: Options) -> np.ndarray:
@@ -310,22 +311,28 @@ def choice_effects(
     predict: Predict, space: SearchSpace, contexts: Choices, activations: tuple[Act, ...] | None = None
 ) -> np.ndarray:
     """Predicted change [n, L, schemes, A] when one layer of context n takes a choice instead of its first (a
-    constant per layer, which no optimum depends on): averaged over contexts, scores for ``solve``.
+    constant per layer, which no optimum depends on): averaged over contexts, scores for ``solve``. Tied
+    layers change together, and the first of them has it all.
 
     The axis A is ``activations``, by default the fixed one of a budget in bits or bytes. Cells that a layer
     may not take are infinite. Costs n x sum of the layers' choices rows of ``predict``.
     """
     columns = Columns.of(space, activations or activation_choices(space))
     layer, column = np.argwhere(columns.allowed).T
-    cell, each = np.arange(len(layer)), columns.each
+    each, changed = columns.each, columns.groups.index == layer[:, None]
     out = np.full((len(contexts), *columns.allowed.shape), np.inf)
     base = columns.allowed.argmax(1)
     for n, context in enumerate(contexts):
         many = context[np.zeros(len(layer), int)]
-        many.weights[cell, layer] = each.weights[column, layer]
-        many.acts[cell, layer] = each.acts[column, layer]
+        many = replace(
+            many,
+            weights=np.where(changed, each.weights[column], many.weights),
+            acts=np.where(changed, each.acts[column], many.acts),
+        )
         for start in range(0, len(layer), BATCH):
             part = slice(start, start + BATCH)
             out[n, layer[part], column[part]] = predict(many[part])
         out[n] -= out[n, np.arange(len(base)), base][:, None]
-    return out.reshape(len(contexts), len(base), -1, len(columns.activations))
+    every = np.where(columns.allowed[columns.groups.index], 0.0, np.inf) + np.zeros((len(contexts), 1, 1))
+    every[:, columns.groups.first] = out
+    return every.reshape(*every.shape[:2], -1, len(columns.activations))

@@ -70,7 +70,8 @@ def improve(
     choice = options.columns.join(origin)[0]
     if (choice < 0).any():
         layer = int(np.argmax(choice < 0))
-        name = cost_model.space.layers[layer]
+        name = cost_model.space.layers[options.columns.groups.first[layer]]
+        cost_model.space.check(origin.config, extra_schemes=True)  # says so where it breaks a tie
         has = origin.config[name]
         raise AquabitError(
             f"the start gives layer {name!r} {has.weight} and {act_text(has.act)}, which it may not take"

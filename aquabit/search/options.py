@@ -13,6 +13,7 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import FP, Act, Budget
 from aquabit.space import SearchSpace
+from aquabit.tied_groups import Groups
 
 Predict = Callable[[Choices], np.ndarray]  # n rows -> [n], larger = worse
 
@@ -38,12 +39,14 @@ class Columns:
     activation choice ``activations[a]``.
 
     ``allowed`` is [L, C]; row c of ``each`` gives every layer column c. An excluded layer has one allowed
-    column, whose activation bits are 16.
+    column, whose activation bits are 16. Where the space ties layers, L counts ``groups``: tied layers are
+    one row, here and in everything that is indexed by columns.
     """
 
     activations: tuple[Act, ...]
     allowed: np.ndarray
     each: Choices
+    groups: Groups
 
     @staticmethod
     def of(space: SearchSpace, activations: tuple[Act, ...]) -> Columns:
@@ -56,7 +59,7 @@ class Columns:
                 allowed[i, 1:] = False  # schemes start with fp
                 index[0, i] = count
         each = Choices.picked(space, column // count, index, (*activations, 16))
-        return Columns(activations, allowed, each)
+        return Columns(activations, allowed[space.groups.first], each, space.groups)
 
     @property
     def free(self) -> np.ndarray:
@@ -71,19 +74,23 @@ class Columns:
 
     def split(self, choice: np.ndarray) -> Choices:
         """Columns [n, L], or those of one configuration [L], to rows."""
-        choice = np.atleast_2d(choice)
-        acts = self.each.acts[choice, np.arange(len(self.allowed))]
+        choice = np.atleast_2d(choice)[:, self.groups.index]
+        acts = self.each.acts[choice, np.arange(choice.shape[1])]
         return Choices(self.each.space, choice // len(self.activations), acts)
 
     def join(self, choices: Choices) -> np.ndarray:
-        """The inverse of ``split``, [n, L]; -1 where a layer may not take what it has."""
-        found = np.full(choices.weights.shape, -1)
-        rows = np.arange(len(self.allowed))
+        """The inverse of ``split``, [n, L]; -1 where a layer may not take what it has, and where tied layers
+        differ."""
+        found, index = np.full(choices.weights.shape, -1), self.groups.index
+        rows = np.arange(len(index))
         for a in range(len(self.activations)):
             column = choices.weights * len(self.activations) + a
-            match = self.allowed[rows, column] & (self.each.acts[column, rows] == choices.acts)
+            match = self.allowed[index, column] & (self.each.acts[column, rows] == choices.acts)
             found = np.where(match & (found < 0), column, found)
-        return found
+        joined = found[:, self.groups.first]
+        torn, member = np.nonzero(found != joined[:, index])
+        joined[torn, index[member]] = -1
+        return joined
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Options:
         activations = activation_choices(space, budget)
         cost_model.check(budget, fixed_act(activations))
         columns = Columns.of(space, activations)
-        every = columns.each.weights[:, 0]
+        every, groups = columns.each.weights[:, 0], columns.groups
         names, costs, caps = [], [], []
         if budget.bits is not None or budget.bytes is not None:
             by_bits = by_bytes = np.inf
@@ -131,12 +138,13 @@ class Options:
             if budget.bytes is not None:
                 by_bytes = floor(budget.bytes * (1 + 1e-12)) - cost_model.other_bytes
             names.append("bits" if by_bits <= by_bytes else "bytes")
-            costs.append(cost_model.bytes[:, every].astype(float))  # whole numbers below 2^53: sums are exact
+            # whole numbers below 2^53: sums are exact
+            costs.append(groups.sums(cost_model.bytes[:, every].astype(float)))
             caps.append(float(min(by_bits, by_bytes)))
         if budget.bops is not None:
             names.append("bops")
             acts = cost_model.act_bits(columns.each).T
-            costs.append(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * acts)
+            costs.append(groups.sums(cost_model.macs[:, None] * cost_model.weight_bits[:, every] * acts))
             # inside the tolerance of CostModel.within
             caps.append(budget.bops * (1 + 5e-13) - cost_model.other_bops)
         if budget.latency_ms is not None:
@@ -144,11 +152,14 @@ class Options:
             names.append("latency_ms")
             per_column = cost_model.latency.of(columns.each).T
             # what a layer may not take was not measured
-            costs.append(np.where(columns.allowed, per_column, 0.0))
+            costs.append(np.where(columns.allowed, groups.sums(per_column), 0.0))
             caps.append(budget.latency_ms * (1 + 5e-13) - cost_model.latency.rest)
         sized = np.array([name in ("bits", "bytes") for name in names], float)
         tables = cost_model.shared if sized.any() else []
-        openings = tuple(Opening(t.layers, every == t.column, sized * t.bytes) for t in tables)
+        users = [np.unique(groups.index[t.layers]) for t in tables]
+        openings = tuple(
+            Opening(rows, every == t.column, sized * t.bytes) for t, rows in zip(tables, users, strict=True)
+        )
         return Options(columns, tuple(names), np.stack(costs), np.array(caps), openings)
 
     def used(self, choice: np.ndarray) -> np.ndarray:
@@ -206,5 +217,5 @@ class Options:
 def kernel_operations(cost_model: CostModel, options: Options) -> np.ndarray:
     """Operations [L, C] of the kernel at each column (``Scheme.operations``: multiply-adds, an add counted
     as half of one)."""
-    work = cost_model.macs[:, None] * cost_model.operations
+    work = options.columns.groups.sums(cost_model.macs[:, None] * cost_model.operations)
     return np.repeat(work, len(options.columns.activations), axis=1)

@@ -97,10 +97,11 @@ def _from_surrogate(search: Search) -> None:
 
     def fit() -> Any:
         last[:] = [fit_from_study(study)]
-        return last[0].badness
+        return lambda choices: last[0].badness(choices.moved(last[0].space))
 
     def bound(each: Choices, allowed: np.ndarray) -> Any:
-        return EnsembleBound(last[0].surrogate, last[0].encoder, each, allowed)
+        fitted, groups = last[0], each.space.groups
+        return EnsembleBound(fitted.surrogate, fitted.encoder, each.moved(fitted.space), allowed, groups)
 
     def measure(configs: list[QuantConfig]) -> None:
         session.measure(configs, "candidate", progress, what="measuring candidates")

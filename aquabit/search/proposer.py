@@ -224,7 +224,7 @@ class Proposer:
             moved = center.copy()
             for layer in rng.choice(free, size=min(len(free), 1 + attempt // 20), replace=False):
                 moved[layer] = rng.choice(np.flatnonzero(columns.allowed[layer]))
-            mended = aim.options.repair(moved, scores.reshape(len(scores), -1))
+            mended = aim.options.repair(moved, columns.groups.sums(scores.reshape(len(scores), -1)))
             if mended is not None and self._new(columns.split(mended)):
                 return columns.split(mended)
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from aquabit.cost import CostModel
+from aquabit.graph import layers
 from aquabit.measuring.latency import latency_table
 from aquabit.measuring.session import Session
 from aquabit.scheme import FP, Calibration, Progress, Protocol, QuantConfig, no_progress
@@ -17,6 +18,7 @@ from aquabit.search.proof import Proof
 from aquabit.search.search_options import SearchOptions, ladder
 from aquabit.sensitivity.damages import Damages
 from aquabit.study import comparable
+from aquabit.targets import target_named
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,18 @@ class Search:
 
         sampled = Calibration.of(session.protocol)  # earlier versions said it of calibrated ones only
         usable = (k for k in own.config if k in self.candidates or offered(configs[k]))
-        return {k: configs[k].sampled_as(sampled) for k in usable}
+        return {k: configs[k].sampled_as(sampled) for k in usable if self.deployable(configs[k])}
+
+    def deployable(self, config: QuantConfig) -> bool:
+        """Whether it keeps the space's ties, and the space's target can hold it: rivals that it cannot are
+        compared, and never the answer."""
+        space, graph = self.session.space, self.session.model.graph
+        goal = target_named(space.target)
+        if space.broken_tie(config) is not None:
+            return False
+        nodes, model = layers(graph), str(graph.graph.get("model_class"))
+        rows = config.layers.items()
+        return goal is None or all(goal.refusal(c.weight, k, nodes[k], model) is None for k, c in rows)
 
     def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
         """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""

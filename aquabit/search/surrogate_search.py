@@ -117,5 +117,6 @@ def schedule(targets: Sequence[Budget], per_round: int, number: int) -> list[Bud
 def _check(cost_model: CostModel, budget: Budget) -> None:
     """Raise AquabitError where limits cannot be kept together."""
     options = Options.of(cost_model, budget)
-    shape = (len(options.columns.allowed), len(cost_model.space.schemes), len(options.columns.activations))
+    space = cost_model.space
+    shape = (len(space.choices), len(space.schemes), len(options.columns.activations))
     solve(np.zeros(shape), cost_model, budget)

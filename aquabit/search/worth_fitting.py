@@ -34,14 +34,16 @@ def worth_fitting(space: SearchSpace, costs: CostModel, features: Features, bits
     ``features`` have the damages of the formats that are not additive; layers without one of these keep what
     they have.
     """
-    expected, sizes = expected_damages(space, features), costs.bytes.astype(float)
+    groups = space.groups
+    expected = groups.sums(expected_damages(space, features))
+    sizes = groups.sums(costs.bytes.astype(float))
     wanted = np.zeros(expected.shape, bool)
     for price in _prices(space, costs, expected, bits):
         cost = expected + price * sizes
         wanted |= expected / DOUBT + price * sizes <= cost.min(1, keepdims=True)
     column = space.columns
     choices = {
-        layer: tuple(s for s in row if not s.additive or wanted[i, column[s]])
+        layer: tuple(s for s in row if not s.additive or wanted[groups.index[i], column[s]])
         for i, (layer, row) in enumerate(space.choices.items())
     }
     return replace(space, choices={k: row or space.choices[k] for k, row in choices.items()})
@@ -82,10 +84,11 @@ def _between(points: list[tuple[float, float]], error: float) -> float:
 
 def _prices(space: SearchSpace, costs: CostModel, expected: np.ndarray, bits: float) -> np.ndarray:
     """Prices of a byte at which the least sum of damage and price has within REACH of ``bits`` per weight."""
-    act, sizes = max(space.activations), costs.bytes.astype(float)
+    act, groups = max(space.activations), space.groups
+    sizes = groups.sums(costs.bytes.astype(float))
 
     def size(price: float) -> float:
-        chosen = (expected + price * sizes).argmin(1)
+        chosen = (expected + price * sizes).argmin(1)[groups.index]
         return float(costs.totals(Choices.at(space, chosen[None], act))["bits"][0])
 
     finite = expected[np.isfinite(expected) & (expected > 0)]

@@ -13,7 +13,7 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.maximum_entropy import Gibbs, solve_gibbs
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, Act, AquabitError, act_text
+from aquabit.scheme import FP, Act, AquabitError, Scheme, act_text
 from aquabit.space import SearchSpace
 
 BUDGET_TOLERANCE_BITS = 0.25  # contexts lie within this many real bits per weight of the budget
@@ -65,6 +65,11 @@ class Damages:
         columns = [self.space.act_choices.index(a) for a in activations]
         return np.asarray(self.weights[:, :, None] + self.acts[:, None, columns])
 
+    def swap(self, layers: Sequence[int], before: Scheme, after: Scheme) -> float:
+        """What a swap of two schemes in ``layers`` adds up to."""
+        first, second = (self.weights[list(layers), self.space.columns[s]].sum() for s in (before, after))
+        return float(second - first)
+
     def total(self, choices: Choices) -> np.ndarray:
         """The sum of damages, [n]."""
         rows, column = np.arange(len(self.acts)), choices.act_index((*self.space.act_choices, 16))
@@ -83,9 +88,12 @@ def known_damages(space: SearchSpace, probes: Mapping[tuple[str, str], Mapping[s
 
 def gibbs(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[float]) -> list[Gibbs]:
     """For each of ``excesses`` the distribution whose mean size is ``bits`` per weight and whose mean damage
-    is 1 + excess times the least (``solve_gibbs``). Codebooks that layers share are not in the mean size:
-    what is drawn is weighed exactly, see ``good_contexts``."""
-    return solve_gibbs(damages.weights, costs.bytes * 8 / costs.weights, bits, excesses)
+    is 1 + excess times the least (``solve_gibbs``). Tied layers are one row of it (``space.groups``).
+    Codebooks that layers share are not in the mean size: what is drawn is weighed exactly, see
+    ``good_contexts``."""
+    groups = damages.space.groups
+    sizes = groups.sums(costs.bytes * 8 / costs.weights)
+    return solve_gibbs(groups.sums(damages.weights), sizes, bits, excesses)
 
 
 def context_act(space: SearchSpace) -> int:
@@ -121,7 +129,8 @@ def good_contexts(
         """Scheme indices [n, L] of draws with these excesses, and their real bits [n]."""
         drawn = np.empty((len(levels), len(space.choices)), int)
         for level in np.unique(levels):
-            drawn[levels == level] = family[level].draw(int((levels == level).sum()), rng)
+            own = family[level].draw(int((levels == level).sum()), rng)
+            drawn[levels == level] = own[:, space.groups.index]
         return drawn, costs.totals(Choices.at(space, drawn, act))["bits"]
 
     for _ in range(TUNING):

@@ -13,7 +13,17 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.maximum_entropy import Gibbs, level_odds, share_odds
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, Act, AquabitError, Progress, QuantConfig, Scheme, no_progress, parse_swap
+from aquabit.scheme import (
+    FP,
+    Act,
+    AquabitError,
+    LayerChoice,
+    Progress,
+    QuantConfig,
+    Scheme,
+    no_progress,
+    parse_swap,
+)
 from aquabit.sensitivity.damages import EXCESSES, Damages, context_act, damages_of, gibbs
 from aquabit.sensitivity.effects.predicted import default_swap, find_players, refits
 from aquabit.sensitivity.features import Encoder
@@ -135,20 +145,22 @@ class _Near:
         low, high = costs.limits(context_act(self.space))["bits"]
         self.means = np.unique(np.clip(np.linspace(*bits_range, MEANS), low, high))
         self.families = [gibbs(damages, costs, float(mean), EXCESSES) for mean in self.means]
-        self.excluded = np.array([row == (FP,) for row in self.space.choices.values()])
+        self.groups, rows = self.space.groups, list(self.space.choices.values())
+        self.excluded = np.array([rows[i] == (FP,) for i in self.groups.first])
 
     def __call__(self, rng: np.random.Generator, act: int | None) -> QuantConfig:
         odds = self._odds(rng.uniform(self.means[0], self.means[-1]), int(rng.integers(len(EXCESSES))))
-        weights = odds.draw(1, rng)
+        weights = odds.draw(1, rng)[:, self.groups.index]
         share = rng.uniform() if rng.random() < 0.5 and act is None else 0.0
         drawn = Choices.at(self.space, weights, max(self.space.activations) if act is None else act)
         if share > 0 and not self.excluded.all():
             levels = self.space.act_choices
             others = [levels.index(a) for a in self.space.lower_acts(share, rng)]
-            choice = np.array(others)[rng.integers(len(others), size=weights.shape[1])]
+            choice = np.array(others)[rng.integers(len(others), size=len(self.excluded))]
             low = self._low(choice, share, odds.beta, rng) & ~self.excluded
-            lower = Choices.picked(self.space, weights, choice[None], levels)
-            drawn = Choices(self.space, weights, np.where(low, lower.acts, drawn.acts))
+            lower = Choices.picked(self.space, weights, choice[None, self.groups.index], levels)
+            acts = np.where(low[self.groups.index], lower.acts, drawn.acts)
+            drawn = Choices(self.space, weights, acts)
         return drawn.config
 
     def _odds(self, bits: float, level: int) -> Gibbs:
@@ -160,9 +172,10 @@ class _Near:
         return Gibbs((1 - part) * a.odds + part * b.odds, beta, (1 - part) * a.price + part * b.price)
 
     def _low(self, choice: np.ndarray, share: float, beta: float, rng: np.random.Generator) -> np.ndarray:
-        """Boolean [L]: which layers take their lower activation, ``choice`` of the space's."""
+        """Boolean [G]: which groups of layers take their lower activation, ``choice`` of the space's."""
         rows, highest = np.arange(len(choice)), self.space.act_choices.index(max(self.space.activations))
-        worse = self.damages.acts[rows, choice] - self.damages.acts[:, highest]
+        damage = self.groups.sums(self.damages.acts)
+        worse = damage[rows, choice] - damage[:, highest]
         return np.asarray(rng.random(len(choice)) < share_odds(beta * worse, ~self.excluded, share))
 
 
@@ -190,9 +203,6 @@ def swaps(
     contexts = [space.config(c.layers) for c in drawn]
     rng, order, out = np.random.default_rng([seed, 4]), list[int](), list[QuantConfig]()
 
-    def at(config: QuantConfig, layer: str, scheme: Scheme) -> QuantConfig:
-        return config.with_layer(layer, scheme, codebook=space.codebook(layer) if scheme.shared else None)
-
     for context in contexts:
         order += rng.permutation(len(players)).tolist() if len(order) < per else []
         turn = list(dict.fromkeys(order))[:per]  # a layer may end one round and begin the next
@@ -200,9 +210,10 @@ def swaps(
             order.remove(i)
         chosen = [(players[i], bool(up)) for i, up in zip(turn, rng.random(per) < 0.5, strict=True)]
         for player, up in chosen:
-            context = at(context, player.layer, player.before if up else player.after)
+            context = space.swapped(context, player.layer, player.before if up else player.after)
         out.append(context)
-        out += [at(context, player.layer, player.after if up else player.before) for player, up in chosen]
+        for player, up in chosen:
+            out.append(space.swapped(context, player.layer, player.after if up else player.before))
     return out[:count]
 
 
@@ -229,8 +240,9 @@ class _Balanced:
 
     def __init__(self, space: SearchSpace, seed: int, bits_range: tuple[float, float]):
         self.space, self.seed, self.range, self.blocks = space, seed, bits_range, 0
-        self.levels = [space.bit_levels(layer) for layer in space.choices]
-        self.operator = [(space.operators or {}).get(layer, "") for layer in space.choices]
+        self.layers = space.grouped()  # tied ones are drawn as one, the first of them
+        self.levels = [space.bit_levels(layer) for layer, *_ in self.layers]
+        self.operator = [(space.operators or {}).get(layer, "") for layer, *_ in self.layers]
         self.decks: dict[tuple[int, float], list[Scheme]] = {}
         # of deviations, over the blocks so far
         self.products = np.zeros((len(self.levels), len(self.levels)))
@@ -246,17 +258,14 @@ class _Balanced:
         bits = self._bits(self.range[0] + target * (self.range[1] - self.range[0]), rng)
         lower = np.maximum(2 * share - 1, 0)  # half of the configurations have none
         others = [self.space.lower_acts(float(s), rng) for s in lower]
-        columns = []
-        for i, (layer, row) in enumerate(self.space.choices.items()):
+        rows: list[dict[str, LayerChoice]] = [{} for _ in range(BLOCK)]
+        for i, group in enumerate(self.layers):
             low = (rng.permutation(BLOCK) + rng.random(BLOCK)) / BLOCK < lower
-            choices = []
-            for level, is_low, acts in zip(bits[:, i], low, others, strict=True):
+            excluded = self.space.choices[group[0]] == (FP,)
+            for row, level, is_low, acts in zip(rows, bits[:, i], low, others, strict=True):
                 act: Act = acts[int(rng.integers(len(acts)))] if is_low else max(self.space.activations)
-                choices.append(
-                    self.space.choice(layer, self._deal(i, float(level), rng), 16 if row == (FP,) else act)
-                )
-            columns.append(choices)
-        rows = (dict(zip(self.space.choices, picked, strict=True)) for picked in zip(*columns, strict=True))
+                scheme = self._deal(i, float(level), rng)
+                row |= {k: self.space.choice(k, scheme, 16 if excluded else act) for k in group}
         return [self.space.config(row) for row in rows]
 
     def _bits(self, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:

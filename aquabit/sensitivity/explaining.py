@@ -187,7 +187,7 @@ def _layer_table(
     real, count = real_means(effects.players, training[:0] if real_swaps is None else real_swaps)
     rows = []
     for i, player in enumerate(effects.players):
-        node = nodes[player.layer]
+        node, own = nodes[player.layer], list(player.columns)
         rows.append(
             {
                 "name": player.layer,
@@ -200,10 +200,12 @@ def _layer_table(
                 "predicted": float(ours.effect[i]),
                 "real": float(real[i]),
                 "n": int(count[i]),
-                "shap": float(np.abs(values[:, player.column]).mean()),
-                "shap_signed": float(signed[player.column]),
+                "shap": float(np.abs(values[:, own].sum(1)).mean()),
+                "shap_signed": float(signed[own].sum()),
                 "schemes": {**effects.of_schemes(i, column), str(player.after): float(ours.effect[i])},
-                "shap_schemes": of_schemes[player.column],
+                "shap_schemes": {
+                    s: sum(of_schemes[k].get(s, 0.0) for k in own) for s in of_schemes[player.column]
+                },
             }
         )
     table = pd.DataFrame(rows).sort_values("effect", ascending=False, kind="stable").reset_index(drop=True)

@@ -42,7 +42,7 @@ def interactions(
     players = [effects.players[i] for i in order[:STRONGEST]]
     pairs = list(combinations(players, 2))
     variants = [
-        ((a.column, column[i]), (b.column, column[j]))
+        (*a.at(column[i]), *b.at(column[j]))
         for a, b in pairs
         for i in (a.before, a.after)
         for j in (b.before, b.after)

@@ -18,7 +18,7 @@ def group_numbers(choices: Choices) -> np.ndarray:
     Two swaps of one context differ from each other in two layers; independent draws differ in most, and each
     is a group of its own.
     """
-    most = min(2, choices.weights.shape[1] // SHARE)
+    most = min(2, len(choices.space.groups.first) // SHARE)
     near = [np.flatnonzero(choices.apart(row) <= most) for row in choices]
     rows = np.repeat(np.arange(len(near)), [len(n) for n in near])
     columns = np.concatenate(near) if near else rows

@@ -152,6 +152,7 @@ MEASURING = {
     "--seed": Row("--seed 5", "pictures"),
     "--dtype": Row("--dtype bfloat16", "numbers"),
     "--space": Row("--space other.json", "space"),
+    "--target": Row("--target sdnq", "", refused="activations of 8 bits are none of sdnq's"),
     "--objective": Row("--objective psnr", "objective"),
     "--reference": Row("--reference photos", "numbers"),
     "--features": Row("--features lpips=nowhere", "", refused="nowhere"),
@@ -216,6 +217,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "--memory": Row("--memory", "said"),
         "--micro-batch": Row("--micro-batch 9", "said", more="--memory --json -"),
         "--guidance": Row("--guidance 3", "said", more="--memory --json -"),
+        "--target": Row("--target gguf", "said"),
         "--json": Row("--json {here}/x.json", "files"),
     },
     "convert": {"--out": Row("--out {here}/other", "reached", reach="convert")},
@@ -271,6 +273,7 @@ ROWS: dict[str, dict[str, Row]] = {
             "--screen": Row("--screen 2", "", more="--method surrogate"),
             "--seed": Row("--seed 1", ""),
             "--correction": Row("--correction cnc", ""),
+            "--target": Row("--target sdnq", ""),
             "--model": Row("--model pipe", ""),
         },
     )

@@ -44,7 +44,7 @@ def swapped(contexts: Choices, players: Sequence[Player]) -> Choices:
     """2 x players x contexts rows: each player's first scheme in every context, then its second, then the
     next."""
     column = contexts.space.columns
-    return contexts.under([((p.column, column[s]),) for p in players for s in (p.before, p.after)])
+    return contexts.under([p.at(column[s]) for p in players for s in (p.before, p.after)])
 
 
 def measure_in_context(

@@ -34,13 +34,23 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Player:
-    """One layer with a choice, and the swap that its effect speaks of."""
+    """One layer with a choice, and the swap that its effect speaks of; of tied layers, which are swapped
+    together, the first stands for all."""
 
     layer: str
-    column: int  # its place among the space's layers
+    columns: tuple[int, ...]  # the places among the space's layers of those that are swapped
     before: Scheme
     after: Scheme
     schemes: tuple[Scheme, ...]
+
+    @property
+    def column(self) -> int:
+        """The place of its layer."""
+        return self.columns[0]
+
+    def at(self, scheme: int) -> tuple[tuple[int, int], ...]:
+        """The variant of a row in which it takes a scheme (index into ``space.schemes``)."""
+        return tuple((column, scheme) for column in self.columns)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,8 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
     """The layers with a choice. One that lacks a named scheme uses its own nearest in bits, of the same
     kind where it can; a layer whose two nearest are one scheme has no swap and is left out."""
     found = []
-    for column, (layer, row) in enumerate(space.choices.items()):
+    for number, (layer, *_) in enumerate(space.grouped()):
+        row = space.choices[layer]
 
         def nearest(wanted: Scheme, layer: str = layer, row: tuple[Scheme, ...] = row) -> Scheme:
             bits = space.code_bits(layer, wanted)
@@ -81,7 +92,7 @@ def find_players(space: SearchSpace, swap: tuple[Scheme, Scheme]) -> list[Player
 
         before, after = nearest(swap[0]), nearest(swap[1])
         if before != after:
-            found.append(Player(layer, column, before, after, row))
+            found.append(Player(layer, tuple(space.groups.members(number)), before, after, row))
     if not found:
         raise AquabitError(
             f"no layer has both ends of the swap {swap[0]}:{swap[1]}; the space has"
@@ -170,9 +181,10 @@ def draw_contexts(
 def _draw(space: SearchSpace, mean: float, count: int, rng: np.random.Generator) -> np.ndarray:
     column = space.columns
     out = np.empty((count, len(space.choices)), int)
-    for i, layer in enumerate(space.choices):
+    for i, (layer, *_) in enumerate(space.grouped()):
         odds = space.scheme_odds(layer, mean)
-        out[:, i] = rng.choice([column[s] for s in odds], count, p=list(odds.values()))
+        drawn = rng.choice([column[s] for s in odds], count, p=list(odds.values()))
+        out[:, space.groups.members(i)] = drawn[:, None]
     return out
 
 
@@ -249,7 +261,7 @@ def predict_effects(
     value = np.full((len(players), len(column)), np.nan)
 
     def predict(pairs: list[tuple[int, int]], models: Sequence[Estimator], what: str) -> np.ndarray:
-        variants = [((players[i].column, s),) for i, s in pairs]
+        variants = [players[i].at(s) for i, s in pairs]
         found = mean_predictions(fitted, models, contexts, variants, seed, True, progress, what)
         value[[i for i, _ in pairs], [s for _, s in pairs]] = found[0]
         return found[1:]

@@ -115,17 +115,15 @@ def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: flo
     Both ends lie within NEAR real bits per weight of ``bits`` and have their activations at those of the
     contexts.
     """
-    named = {p.column: p for p in players}
+    named = {p.columns: p for p in players}
     column, act = fitted.space.columns, context_act(fitted.space)
     near = (np.abs(fitted.bits - bits) <= NEAR) & np.isin(fitted.choices.acts, (act, 16)).all(1)
     groups, rows = group_numbers(fitted.choices), list[tuple[str, str, str, float]]()
     for group in np.flatnonzero(np.bincount(groups, near) > 1):
         for i, j in combinations(np.flatnonzero((groups == group) & near), 2):
             changed = np.flatnonzero(fitted.choices.weights[i] != fitted.choices.weights[j])
-            if len(changed) != 1 or (fitted.choices.acts[i] != fitted.choices.acts[j]).any():
-                continue
-            player = named.get(int(changed[0]))
-            if player is None:
+            player = named.get(tuple(changed.tolist()))
+            if player is None or (fitted.choices.acts[i] != fitted.choices.acts[j]).any():
                 continue
             ends = {int(fitted.choices.weights[k, player.column]): float(fitted.y[k]) for k in (i, j)}
             before, after = (ends.get(column[s]) for s in (player.before, player.after))

@@ -32,22 +32,14 @@ HALVES: tuple[Half, ...] = ("top", "random")
 
 @dataclass(frozen=True)
 class PlannedSwap:
-    """One layer swapped between two schemes inside one context."""
+    """One layer, and what is tied to it, swapped between two schemes inside one context: its two ``ends``."""
 
     layer: str
     before: Scheme
     after: Scheme
     context: QuantConfig
-    codebook: str | None  # the codebooks that the layer may share
+    ends: tuple[QuantConfig, QuantConfig]
     checks: Half = "random"  # why the layer was chosen: the ranking puts it first, or by chance
-
-    @property
-    def ends(self) -> tuple[QuantConfig, QuantConfig]:
-        before, after = (
-            self.context.with_layer(self.layer, s, codebook=self.codebook if s.shared else None)
-            for s in (self.before, self.after)
-        )
-        return before, after
 
 
 def chosen_layers(ranked: Sequence[str], count: int, seed: int) -> list[tuple[str, Half]]:
@@ -90,7 +82,7 @@ def plan_swaps(
     players: Sequence[Player], ranked: Sequence[str], contexts: Contexts, count: int, seed: int
 ) -> list[PlannedSwap]:
     """``count`` swaps of ``chosen_layers``, each in CONTEXTS contexts; more layers before more contexts."""
-    by_name, names = {p.layer: p for p in players}, contexts.space.codebooks or {}
+    by_name, space = {p.layer: p for p in players}, contexts.space
     turns = chosen_layers(ranked, -(-count // CONTEXTS), seed)
     flips = []
     for i in range(count):
@@ -98,7 +90,8 @@ def plan_swaps(
         number = i // CONTEXTS // len(turns) * CONTEXTS + i % CONTEXTS
         player = by_name[layer]
         context = contexts.of(player, number)
-        flips.append(PlannedSwap(layer, player.before, player.after, context, names.get(layer), half))
+        before, after = (space.swapped(context, layer, s) for s in (player.before, player.after))
+        flips.append(PlannedSwap(layer, player.before, player.after, context, (before, after), half))
     return flips
 
 
@@ -119,9 +112,7 @@ def rank_layers(
     except AquabitError:
         effect = np.zeros(len(players))
         if damages is not None:
-            column, rows = session.space.columns, [p.column for p in players]
-            before, after = [column[p.before] for p in players], [column[p.after] for p in players]
-            effect = damages.weights[rows, after] - damages.weights[rows, before]
+            effect = np.array([damages.swap(p.columns, p.before, p.after) for p in players])
     return [players[i].layer for i in np.argsort(-effect, kind="stable")]
 
 

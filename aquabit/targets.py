@@ -1,0 +1,238 @@
+"""Targets: what other programs can hold of a model, so that a search offers nothing else.
+
+Each rule says why a layer cannot hold a scheme, as facts of the program's documentation and code, which its
+docstring names. A layer that can hold nothing stays in half precision, as every program has it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from aquabit.deployed_kinds import GGUF as GGUF_KINDS
+from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.ties import Tied, find_ties
+
+Node = Mapping[str, Any]  # a layer's attributes in the graph: kind ("linear" or "conv"), shape, groups, ...
+Lists = tuple[tuple[str, ...], ...]  # patterns of layers that are tied, as in a space file
+
+WEIGHTS_ONLY = (16,)  # activation bits of programs that round weights alone
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a program can hold: text forms of its default space (``schemes``; of ours none: that has formats
+    of each layer's own), the ``activations`` that it rounds, and the layers that it fuses, which must share a
+    scheme (``fused``, by class of the denoiser)."""
+
+    name: str
+    schemes: tuple[str, ...]
+    rule: Callable[[Scheme, Node], str | None] = field(repr=False)
+    activations: tuple[int, ...] = WEIGHTS_ONLY
+    fused: Mapping[str, Lists] = field(default_factory=dict)
+
+    def refusal(self, scheme: Scheme, name: str, node: Node, model: str) -> str | None:
+        """Why layer ``name`` of a denoiser of class ``model`` cannot hold a scheme; None where it can."""
+        if scheme == FP:
+            return None
+        return self.rule(scheme, node) or scheme.refuses(tuple(node["shape"]))
+
+    def tied(self, model: str) -> Lists:
+        """Lists of patterns of the layers of a class of denoisers that must share a scheme; of several in one
+        graph ("A+B"), whose layers bear the names of their parts first, those of each."""
+        classes = model.split("+")
+        lists = [patterns for name in dict.fromkeys(classes) for patterns in self.fused.get(name, ())]
+        part = "*." if len(classes) > 1 else ""
+        return tuple(tuple(part + pattern for pattern in patterns) for patterns in lists)
+
+    def on(self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None) -> Held:
+        """What it can hold of the layers of a denoiser of class ``model``, of these ``schemes`` (default: its
+        own)."""
+        asked = [s for s in (map(Scheme.parse, self.schemes) if schemes is None else schemes) if s != FP]
+        dense, tied = dict[str, str](), find_ties(self.tied(model), list(nodes), strict=False)
+        for name, node in nodes.items():
+            why = [self.refusal(s, name, node, model) for s in asked]
+            if why and None not in why:
+                # what is said of most schemes, of equals the last, which asks for least
+                dense[name] = str(Counter(reversed(why)).most_common(1)[0][0])
+        for group in tied:
+            first = next((name for name in group if name in dense), None)
+            if first is not None:
+                dense |= {k: f"stored with {first}, which stays dense" for k in group if k not in dense}
+        return Held(self.name, len(nodes), dense, tied)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a target can hold of a model of so many ``layers``: those that stay ``dense``, with the reason,
+    and the groups that it fuses (``tied``)."""
+
+    target: str
+    layers: int
+    dense: Mapping[str, str]
+    tied: Tied
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of it: a sentence for each reason, counted, with the first names."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.dense.items():
+            reasons.setdefault(why, []).append(name)
+        found = [
+            f"{len(names)} of {self.layers} layers stay dense for {self.target} ({why}): {_first(names)}"
+            for why, names in reasons.items()
+        ]
+        groups = ["/".join(group) for group in self.tied]
+        if groups:
+            found.append(
+                f"{len(groups)} groups of layers are one tensor each for {self.target} and choose together:"
+                f" {_first(groups, 1)}"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tied": [list(group) for group in self.tied]}
+
+
+def _first(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def target_named(name: str | None) -> Target | None:
+    """A target by its name; None where nothing is restricted. Raises AquabitError for an unknown one."""
+    if name is None or name == AQUABIT.name:
+        return None
+    if name not in TARGETS:
+        raise AquabitError(f"the target {name!r} is unknown; known: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _forms(target: str, scheme: Scheme, known: Sequence[str]) -> str | None:
+    """Why a scheme is none of a target's, which are told by their kind and, of integers, their bits."""
+    form = f"{scheme.kind}{scheme.bits}" if scheme.kind in ("int", "usq") else scheme.kind
+    return None if form in known else f"{target} has no {scheme}"
+
+
+def _linear_only(node: Node, who: str) -> str | None:
+    return None if node["kind"] == "linear" else f"{who} quantizes Linear layers alone"
+
+
+def _gguf(scheme: Scheme, node: Node) -> str | None:
+    """Source: diffusers 0.42.1, quantizers/gguf/utils.py: only the weights of Linear modules are replaced by
+    ones that decode (a convolution would compute with the bytes), and its table of types has all of ours;
+    ggml-common.h of llama.cpp for blocks, which lie within a row: 32 weights, of K types 256. F16 and F32 are
+    read as they are."""
+    forms = _forms("GGUF", scheme, [kind.name for kind in GGUF_KINDS])
+    return forms or _linear_only(node, "diffusers' GGUF loader")
+
+
+def _sdnq(scheme: Scheme, node: Node) -> str | None:
+    """Source: sdnq 0.2.8 (PyPI), common.py (dtype_dict: int2 to int8, uint2 to uint8 with a zero point, which
+    our ``usq`` is, float8_e4m3fn) and quantizer.py: Linear, and Conv2d with ``quant_conv``; groups are of
+    input channels at one tap and divide them, and a tap of a convolution without groups has a scale of its
+    own, which may repeat that of its row. What is quantized already has no least size (utils.py)."""
+    known = [*(f"{kind}{bits}" for kind in ("int", "usq") for bits in range(2, 9)), "fp8"]
+    if (why := _forms("SDNQ", scheme, known)) is not None:
+        return why
+    channels, group = node["shape"][1], scheme.group or 1
+    return None if channels % group == 0 else f"its {channels} inputs must be a multiple of {group}"
+
+
+def _bitsandbytes(scheme: Scheme, node: Node) -> str | None:
+    """Source: bitsandbytes 0.50.2, functional.py (QuantState: each layer stores its type, block size, and
+    whether scales are nested) and diffusers 0.42.1, quantizers/bitsandbytes/utils.py: Linear only. Blocks are
+    of the flattened weight, and ours lie within a row. LLM.int8 rounds activations too and is another
+    mode of a whole model, which mixes with no 4-bit layer."""
+    if scheme.kind == "int":
+        return "bitsandbytes' int8 is a mode of a whole model that rounds activations too"
+    return _forms("bitsandbytes", scheme, ["nf4"]) or _linear_only(node, "diffusers with bitsandbytes")
+
+
+def _torchao(scheme: Scheme, node: Node) -> str | None:
+    """Source: torchao 0.18.0, quantization/quant_api.py (IntxWeightOnlyConfig: symmetric int2 to int8 per row
+    or group; Float8WeightOnlyConfig per tensor or row) and prototype/mx_formats (NVFP4WeightOnlyConfig: both
+    sides multiples of 16; mxfp4 rounds activations too); diffusers 0.42.1, torchao_quantizer.py: Linear
+    only."""
+    known = [*(f"int{bits}" for bits in range(2, 9)), "fp8", "nvfp4"]
+    why = _forms("torchao (weights alone)", scheme, known) or _linear_only(node, "diffusers with torchao")
+    if why is None and scheme.kind == "nvfp4" and node["shape"][0] % 16:
+        return f"its {node['shape'][0]} outputs must be a multiple of 16"
+    return why
+
+
+def _modelopt(scheme: Scheme, node: Node) -> str | None:
+    """Source: nvidia-modelopt 0.47.0, torch/quantization/nn (Linear and Conv2d are quantized) and
+    nn/modules/tensor_quantizer.py: what is stored compressed is int4 in blocks, int8, fp8, nvfp4 and mxfp4;
+    blocks are of the last axis, which of a convolution is the kernel's width, so that it has none."""
+    why = _forms("ModelOpt", scheme, ["int4", "int8", "fp8", "nvfp4", "mxfp4"])
+    if why is None and scheme.kind == "int" and (scheme.bits == 4) != (scheme.group is not None):
+        why = "ModelOpt stores int4 in blocks and int8 per channel"
+    if why is None and node["kind"] != "linear" and scheme.group is not None:
+        return "ModelOpt has no blocks of input channels in a convolution"
+    return why
+
+
+def _comfy(scheme: Scheme, node: Node) -> str | None:
+    """Source: ComfyUI, QUANTIZATION.md (layers of a file name their format; Linear layers are loaded so) and
+    comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
+    scales and one float32). Not verified by running it. With ``full_precision_matrix_mult`` activations stay
+    as they are."""
+    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4"]) or _linear_only(node, "ComfyUI")
+    if why is None and scheme.kind == "fp8" and scheme.per_channel:
+        return "ComfyUI's fp8 has one scale a tensor"
+    return why
+
+
+def _aquabit(scheme: Scheme, node: Node) -> str | None:
+    """Our own packed models hold every scheme."""
+    return None
+
+
+_QKV = ("*.to_q", "*.to_k", "*.to_v")
+_ADDED = ("*.add_q_proj", "*.add_k_proj", "*.add_v_proj")
+_SINGLE = (
+    "single_transformer_blocks.*.attn.to_q",
+    "single_transformer_blocks.*.attn.to_k",
+    "single_transformer_blocks.*.attn.to_v",
+    "single_transformer_blocks.*.proj_mlp",
+)
+_DOUBLE = (("transformer_blocks.*.to_q", "transformer_blocks.*.to_k", "transformer_blocks.*.to_v"), _ADDED)
+_REFINER = tuple(f"context_embedder.*.to_{part}" for part in "qkv")
+# tensors that hold several layers in the original files, which diffusers 0.42.1 splits by rows
+# (loaders/single_file_utils.py, the function of each class)
+FUSED: Mapping[str, Lists] = {
+    "FluxTransformer2DModel": (*_DOUBLE, _SINGLE),
+    "ChromaTransformer2DModel": (*_DOUBLE, _SINGLE),
+    "Flux2Transformer2DModel": (_QKV, _ADDED),
+    "SD3Transformer2DModel": (_QKV, _ADDED),
+    "MochiTransformer3DModel": (_QKV, _ADDED),
+    "HunyuanVideoTransformer3DModel": (*_DOUBLE, _SINGLE, _REFINER),
+    "Lumina2Transformer2DModel": (_QKV,),
+    "MiniMaxH3Transformer3DModel": (_QKV,),
+    "QwenImage21Transformer2DModel": (("*.img_mlp.gate_layer", "*.img_mlp.proj"),),
+    "SanaTransformer2DModel": (
+        tuple(f"*.attn1.to_{part}" for part in "qkv"),
+        ("*.attn2.to_k", "*.attn2.to_v"),
+    ),
+    "ZImageTransformer2DModel": (_QKV,),
+}
+
+GGUF = Target(
+    "gguf",
+    ("q2_Kh", "q3_Kh", "q4_Kh", "q5_Kh", "q6_Kh", "q4_0h", "iq4_nlh", "q5_0h", "q5_1h", "q8_0h"),
+    _gguf,
+    fused=FUSED,
+)
+SDNQ = Target("sdnq", ("usq2g32h", "usq3g32h", "usq4g32h", "usq4h", "usq5h", "usq6h", "int8h"), _sdnq)
+BITSANDBYTES = Target("bitsandbytes", ("nf4g64h", "nf4g64dh", "nf4g128dh", "nf4g256dh"), _bitsandbytes)
+TORCHAO = Target(
+    "torchao", ("int2g32h", "int3g32h", "int4g32h", "int4g64h", "nvfp4h", "int6h", "int8h", "fp8ch"), _torchao
+)
+MODELOPT = Target("modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt)
+COMFY = Target("comfy", ("nvfp4h", "fp8h"), _comfy)
+AQUABIT = Target("aquabit", (), _aquabit, (16, 8, 6))
+TARGETS: Mapping[str, Target] = {
+    t.name: t for t in (GGUF, SDNQ, BITSANDBYTES, TORCHAO, MODELOPT, COMFY, AQUABIT)
+}
