@@ -4,6 +4,7 @@ kinds      weights rounded to nearest (range of each output channel) at 8, 6, 4 
            in one kind of layer at a time; activations in full precision
 search     what the program over damages and the search choose within the bytes of a uniform configuration of
            4 and of 3 bits (usq), activations at 8 bits
+program    the program alone, activations in full precision
 fresh      uniform ones and what was found, on blocks of fresh seeds
 table      benchmarks/results/terrain.json and terrain.md
 
@@ -103,15 +104,35 @@ def kinds(folder: Path) -> None:
                 print(key, f"{values[0]:.2f} dB", flush=True)
 
 
-def session_of(folder: Path) -> Any:
+def session_of(folder: Path, act: int) -> Any:
     from aquabit.measuring.session import open_session
     from aquabit.measuring.settings import MeasureOptions
     from aquabit.measuring.where import Where
     from aquabit.study import Study
 
-    options = MeasureOptions(PROTOCOL, {"schemes": [*SCHEMES, *BUDGETS], "activations": [8]})
+    schemes = [*SCHEMES, *BUDGETS] if act == 8 else SCHEMES
+    options = MeasureOptions(PROTOCOL, {"schemes": schemes, "activations": [act]})
     where = Where(workers=1, bank=str(folder / "bank"))
-    return open_session(terrain.terrain_model(), Study(folder / "terrain.db"), options, where, progress=say)
+    study = Study(folder / ("terrain.db" if act == 8 else f"terrain-a{act}.db"))
+    return open_session(terrain.terrain_model(), study, options, where, progress=say)
+
+
+def budget_of(session: Any, name: str) -> Budget:
+    return Budget(bytes=int(session.costs(session.space.uniform(name)).bytes))
+
+
+def solved(folder: Path, act: int = 16) -> None:
+    """What the program chooses, activations at ``act``."""
+    from aquabit.search.integer_program import solve
+    from aquabit.sensitivity.damages import damages_of
+
+    path = folder / f"found-a{act}.json"
+    with session_of(folder, act) as session:
+        damages = damages_of(session)
+        assert damages is not None
+        scores = damages.scores((act,))
+        found = {n: solve(scores, session.costs, budget_of(session, n)).choices.config for n in BUDGETS}
+    write(path, {name: {"program": config.to_dict()} for name, config in found.items()})
 
 
 def search(folder: Path) -> None:
@@ -120,15 +141,14 @@ def search(folder: Path) -> None:
     from aquabit.search.search_options import SearchOptions
     from aquabit.search.winner import choose_winner
 
-    path = folder / "found.json"
+    path = folder / "found-a8.json"
     done: dict[str, Any] = read(path)
-    with session_of(folder) as session:
+    with session_of(folder, 8) as session:
         session.references(say)
         for name in BUDGETS:
             if "search" in done.get(name, {}):
                 continue
-            budget = Budget(bytes=int(session.costs(session.space.uniform(name)).bytes))
-            found = Search(session, SearchOptions(budget, spread=()), say)
+            found = Search(session, SearchOptions(budget_of(session, name), spread=()), say)
             propose(found)
             program = next(c.config for c in found.candidates.values() if c.source == "program")
             done[name] = {"program": program.to_dict()}
@@ -139,26 +159,27 @@ def search(folder: Path) -> None:
 
 
 def fresh(folder: Path) -> None:
-    """Rows of the table: name, bytes, bits per weight, PSNR on each block."""
-    rows = []
-    with session_of(folder) as session:
-        protocols = [session.protocol.block(b) for b in FRESH]
-        configs = {f"uniform {s}": session.space.uniform(s) for s in (*BUDGETS, *SCHEMES)}
-        for name, found in read(folder / "found.json").items():
-            configs |= {f"{how} at the bytes of {name}": QuantConfig.from_dict(c) for how, c in found.items()}
-        session.measure([session.space.full_precision()], "reference", say, protocols, "full precision")
-        session.measure({c.digest: c for c in configs.values()}.values(), "fresh", say, protocols, "fresh")
-        known = values_of(session.study, ("psnr",))
-        for name, config in configs.items():
-            cost = session.costs(config)
-            rows.append(
-                {
-                    "name": name,
-                    "bytes": cost.bytes,
-                    "bits": cost.bits_per_weight,
-                    "psnr": [known[config.digest, p.digest]["psnr"] for p in protocols],
-                }
+    """Rows of the table: name, activation bits, bytes, bits per weight, PSNR on each block."""
+    rows: list[dict[str, Any]] = []
+    for act in (16, 8):
+        if not (folder / f"found-a{act}.json").exists():
+            continue
+        with session_of(folder, act) as session:
+            protocols, space = [session.protocol.block(b) for b in FRESH], session.space
+            configs = {f"uniform {s}": space.uniform(s, act) for s in (*BUDGETS, *SCHEMES)}
+            for name, found in read(folder / f"found-a{act}.json").items():
+                at = f"at the bytes of {name}"
+                configs |= {f"{how} {at}": QuantConfig.from_dict(c) for how, c in found.items()}
+            session.measure([space.full_precision()], "reference", say, protocols, "full precision")
+            session.measure(
+                {c.digest: c for c in configs.values()}.values(), "fresh", say, protocols, "fresh"
             )
+            known = values_of(session.study, ("psnr",))
+            for name, config in configs.items():
+                cost = session.costs(config)
+                psnr = [known[config.digest, p.digest]["psnr"] for p in protocols]
+                sizes = {"bytes": cost.bytes, "bits": cost.bits_per_weight}
+                rows.append({"name": name, "act": act, **sizes, "psnr": psnr})
     write(folder / "fresh.json", rows)
 
 
@@ -176,23 +197,23 @@ def text(found: dict[str, Any]) -> str:
         lines += ["| | bytes | bits a weight | PSNR |", "|---|---|---|---|"]
     for row in found["fresh"]:
         lines.append(
-            f"| {row['name']}, a8 | {row['bytes']:,.0f} | {row['bits']:.2f} | {spans(mean(row['psnr']), 1)} |"
+            f"| {row['name']}, a{row['act']} | {row['bytes']:,.0f} | {row['bits']:.2f} |"
+            f" {spans(mean(row['psnr']), 1)} |"
         )
     lines += ["", "Rounded to nearest in the range of each channel, activations in full precision:", ""]
     lines += ["| what is rounded | layers | PSNR |", "|---|---|---|"]
     for name, row in found["kinds"].items():
         lines.append(f"| {name} | {row['layers']} | {spans(mean(row['psnr']), 1)} |")
     four = found["kinds"]["all layers, 4 bits"]["psnr"]
-    for how in ("program", "search"):
-        row = next((r for r in found["fresh"] if r["name"] == f"{how} at the bytes of usq4"), None)
-        if row:
-            above = spans(difference(row["psnr"], four), 1, "+")
-            lines += ["", f"The {how} at 4 bits above rounding to nearest at 4 bits: {above} dB."]
+    for row in found["fresh"]:
+        if row["name"].endswith(" at the bytes of usq4"):
+            above, how = spans(difference(row["psnr"], four), 1, "+"), row["name"].split()[0]
+            lines += ["", f"The {how}, a{row['act']}, above rounding to nearest at 4 bits: {above} dB."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parts = {"kinds": kinds, "search": search, "fresh": fresh}
+    parts = {"kinds": kinds, "search": search, "program": solved, "fresh": fresh}
     made = parser(__doc__, [*parts, "table", "all"])
     made.add_argument("--folder", type=Path, default=Path("bench-terrain"))
     given = made.parse_args()
