@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase as fnmatch
+from math import prod
 from typing import Any
 
 from aquabit.deployed_kinds import GGUF as GGUF_KINDS
@@ -18,6 +20,7 @@ from aquabit.ties import Tied, find_ties
 Node = Mapping[str, Any]  # a layer's attributes in the graph: kind ("linear" or "conv"), shape, groups, ...
 Lists = tuple[tuple[str, ...], ...]  # patterns of layers that are tied, as in a space file
 
+SDNQ_PACKED = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8}  # bits -> weights that share whole bytes
 WEIGHTS_ONLY = (16,)  # activation bits of programs that round weights alone
 
 
@@ -32,11 +35,14 @@ class Target:
     rule: Callable[[Scheme, Node], str | None] = field(repr=False)
     activations: tuple[int, ...] = WEIGHTS_ONLY
     fused: Mapping[str, Lists] = field(default_factory=dict)
+    one_scale: tuple[str, ...] = ()  # kinds with one scale a tensor, which layers that it fuses cannot share
 
     def refusal(self, scheme: Scheme, name: str, node: Node, model: str) -> str | None:
         """Why layer ``name`` of a denoiser of class ``model`` cannot hold a scheme; None where it can."""
         if scheme == FP:
             return None
+        if scheme.kind in self.one_scale and any(fnmatch(name, p) for row in self.tied(model) for p in row):
+            return f"{self.name} has one {scheme.kind} scale for the tensor that it shares with others"
         return self.rule(scheme, node) or scheme.refuses(tuple(node["shape"]))
 
     def tied(self, model: str) -> Lists:
@@ -132,12 +138,17 @@ def _sdnq(scheme: Scheme, node: Node) -> str | None:
     """Source: sdnq 0.2.8 (PyPI), common.py (dtype_dict: int2 to int8, uint2 to uint8 with a zero point, which
     our ``usq`` is, float8_e4m3fn) and quantizer.py: Linear, and Conv2d with ``quant_conv``; groups are of
     input channels at one tap and divide them, and a tap of a convolution without groups has a scale of its
-    own, which may repeat that of its row. What is quantized already has no least size (utils.py)."""
+    own, which may repeat that of its row. What is quantized already has no least size (utils.py); codes share
+    whole bytes."""
     known = [*(f"{kind}{bits}" for kind in ("int", "usq") for bits in range(2, 9)), "fp8"]
     if (why := _forms("SDNQ", scheme, known)) is not None:
         return why
     channels, group = node["shape"][1], scheme.group or 1
-    return None if channels % group == 0 else f"its {channels} inputs must be a multiple of {group}"
+    if channels % group:
+        return f"its {channels} inputs must be a multiple of {group}"
+    together = SDNQ_PACKED.get(scheme.bits, 1) if scheme.kind in ("int", "usq") else 1
+    weights = prod(node["shape"])
+    return None if weights % together == 0 else f"its {weights} weights must be a multiple of {together}"
 
 
 def _bitsandbytes(scheme: Scheme, node: Node) -> str | None:
@@ -177,11 +188,16 @@ def _modelopt(scheme: Scheme, node: Node) -> str | None:
 def _comfy(scheme: Scheme, node: Node) -> str | None:
     """Source: ComfyUI, QUANTIZATION.md (layers of a file name their format; Linear layers are loaded so) and
     comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
-    scales and one float32). Not verified by running it. With ``full_precision_matrix_mult`` activations stay
+    scales and one float32, both sides multiples of 16; int8 with a scale for each row), decoded by
+    comfy-kitchen 0.2.40. Not verified by running it. With ``full_precision_matrix_mult`` activations stay
     as they are."""
-    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4"]) or _linear_only(node, "ComfyUI")
+    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "int8"]) or _linear_only(node, "ComfyUI")
     if why is None and scheme.kind == "fp8" and scheme.per_channel:
         return "ComfyUI's fp8 has one scale a tensor"
+    if why is None and scheme.kind == "int" and scheme.group is not None:
+        return "ComfyUI's int8 has a scale for each output channel"
+    if why is None and scheme.kind == "nvfp4" and any(size % 16 for size in node["shape"]):
+        return f"both sides of {list(node['shape'])} must be multiples of 16"
     return why
 
 
@@ -231,7 +247,7 @@ TORCHAO = Target(
     "torchao", ("int2g32h", "int3g32h", "int4g32h", "int4g64h", "nvfp4h", "int6h", "int8h", "fp8ch"), _torchao
 )
 MODELOPT = Target("modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt)
-COMFY = Target("comfy", ("nvfp4h", "fp8h"), _comfy)
+COMFY = Target("comfy", ("nvfp4h", "fp8h", "int8h"), _comfy, fused=FUSED, one_scale=("fp8", "nvfp4"))
 AQUABIT = Target("aquabit", (), _aquabit, (16, 8, 6))
 TARGETS: Mapping[str, Target] = {
     t.name: t for t in (GGUF, SDNQ, BITSANDBYTES, TORCHAO, MODELOPT, COMFY, AQUABIT)
