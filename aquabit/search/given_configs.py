@@ -17,8 +17,8 @@ WEIGHT = "weight_quantizer"  # what ModelOpt calls the part of a layer that roun
 def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
     """The configuration in a file: ``config.json``, or JSON with ModelOpt's ``quant_cfg`` (as
     ``mtq.quantize`` takes it, or as ``aquabit export --to modelopt`` writes it), whose bits and blocks become
-    uniform schemes (``usq4``, ``usq4g32``) and whose layers that it leaves alone stay ``fp``; activations are
-    left off. Raises AquabitError for anything else, and for a file of another model.
+    schemes (``int4``, ``int4g32``, ``fp8``, ``nvfp4``, ``mxfp4``) and whose layers that it leaves alone stay
+    ``fp``; activations are left off. Raises AquabitError for anything else, and for a file of another model.
     """
     value = read_json(path)
     inner = value.get("config", value) if isinstance(value, dict) else None
@@ -76,19 +76,29 @@ def _settings(rule: Mapping[str, Any]) -> Any:
     return {**cfg, **beside} if isinstance(cfg, Mapping) else cfg
 
 
+FLOATS = {(4, 3): "fp8", (2, 1, 16): "nvfp4", (2, 1, 32): "mxfp4"}  # exponent, mantissa (, block) -> scheme
+
+
 def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
-    """A weight quantizer's settings as the uniform scheme of its bits and block size."""
+    """A weight quantizer's settings as the scheme of its bits and block size: whole numbers are symmetric,
+    floats those of FLOATS."""
     if cfg.get("enable") is False:
         return FP
-    bits = cfg.get("num_bits", 8)
-    if type(bits) is not int or not 0 < bits < 100:
-        raise AquabitError(
-            f"{source} has num_bits {bits!r:.30}; only whole numbers of bits, 1 to 8, can be compared"
-        )
-    blocks = cfg.get("block_sizes") or {}
+    bits, blocks = cfg.get("num_bits", 8), cfg.get("block_sizes") or {}
     group = (
         next((v for k, v in blocks.items() if str(k) == "-1"), None) if isinstance(blocks, Mapping) else None
     )
     if group and (type(group) is not int or not 0 < group < 1 << 31):
         raise AquabitError(f"{source} has block_sizes whose -1 is no whole number of inputs above 0")
-    return Scheme.parse(f"usq{bits}" + (f"g{group}" if group else ""))
+    parts = tuple(bits) if isinstance(bits, list | tuple) else (bits,)
+    if all(type(part) is int for part in parts):
+        name = FLOATS.get((*parts, group) if group else parts)
+        if name is not None:
+            return Scheme.parse(f"{name}c" if name == "fp8" and cfg.get("axis") is not None else name)
+        if len(parts) == 1 and 2 <= parts[0] <= 8:
+            return Scheme.parse(f"int{parts[0]}" + (f"g{group}" if group else ""))
+    where = f" in blocks of {group}" if group else ""
+    raise AquabitError(
+        f"{source} has num_bits {bits!r:.30}{where}; 2 to 8, [4, 3] and, in blocks of 16 or 32, [2, 1] can be"
+        " compared"
+    )

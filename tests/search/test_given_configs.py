@@ -75,9 +75,9 @@ def test_modelopts_mapping(tmp_path: Path, space: SearchSpace, whole: bool) -> N
     found = read(tmp_path, space, {"to": "modelopt", "config": value} if whole else value)
     assert weights(found) == {
         "conv_in": "fp",
-        "blocks.0.to_q": "usq4g32",
-        "blocks.0.ff": "usq8",
-        "blocks.1.to_q": "usq2",
+        "blocks.0.to_q": "int4g32",
+        "blocks.0.ff": "int8",
+        "blocks.1.to_q": "int2",
         "head": "fp",
     }
     assert {c.act for c in found.layers.values()} == {16} and found.fingerprint == "print"
@@ -94,9 +94,9 @@ def test_modelopts_list_and_that_the_last_rule_counts(tmp_path: Path, space: Sea
     ]
     expected = {
         "conv_in": "fp",
-        "blocks.0.to_q": "usq6g16",
-        "blocks.0.ff": "usq3",
-        "blocks.1.to_q": "usq6g16",
+        "blocks.0.to_q": "int6g16",
+        "blocks.0.ff": "int3",
+        "blocks.1.to_q": "int6g16",
         "head": "fp",
     }
     assert weights(read(tmp_path, space, {"quant_cfg": rules})) == expected, (
@@ -125,11 +125,25 @@ def test_rules_of_other_modules_name_no_layer_of_ours(tmp_path: Path, space: Sea
         {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4}},
         {"parent_class": "nn.BatchNorm1d", "quantizer_name": "*", "enable": False},
     ]
-    assert weights(read(tmp_path, space, {"quant_cfg": rules}))["conv_in"] == "usq4"
+    assert weights(read(tmp_path, space, {"quant_cfg": rules}))["conv_in"] == "int4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheme"),
+    [
+        ({"num_bits": [4, 3], "axis": None}, "fp8"),
+        ({"num_bits": [4, 3], "axis": 0}, "fp8c"),
+        ({"num_bits": [2, 1], "block_sizes": {"-1": 16, "scale_bits": [4, 3]}}, "nvfp4"),
+        ({"num_bits": [2, 1], "block_sizes": {"-1": 32, "scale_bits": [8, 0]}}, "mxfp4"),
+    ],
+)
+def test_modelopts_floats(tmp_path: Path, space: SearchSpace, settings: dict[str, Any], scheme: str) -> None:
+    found = read(tmp_path, space, {"quant_cfg": {"*weight_quantizer": settings}})
+    assert weights(found)["blocks.0.ff"] == scheme
 
 
 def test_what_we_export_is_read_again(tmp_path: Path, space: SearchSpace, graph: nx.DiGraph) -> None:
-    picked = {"conv_in": "usq4", "blocks.0.to_q": "usq3g16", "blocks.0.ff": "usq2", "blocks.1.to_q": "fp"}
+    picked = {"conv_in": "int4", "blocks.0.to_q": "int3g16", "blocks.0.ff": "int2", "blocks.1.to_q": "fp"}
     config = QuantConfig("print", {k: LayerChoice(Scheme.parse(s), 8) for k, s in picked.items()})
     found = read(tmp_path, space, export_config(config, graph, "modelopt").to_json())
     assert weights(found) == {**picked, "head": "fp"} and found["head"].weight == FP
@@ -146,9 +160,11 @@ def test_what_we_export_is_read_again(tmp_path: Path, space: SearchSpace, graph:
         ({"quant_cfg": {"*weight_quantizer": 4}}, r"the settings of '\*weight_quantizer' are no object"),
         ({"quant_cfg": {"*weight_quantizer": [{"num_bits": 4}, {"num_bits": 8}]}}, "are no object"),
         (
-            {"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3]}}},
-            r"has num_bits \[4, 3\]; only whole numbers of bits",
+            {"quant_cfg": {"*weight_quantizer": {"num_bits": [4, 3], "block_sizes": {"-1": 8}}}},
+            r"has num_bits \[4, 3\] in blocks of 8; 2 to 8",
         ),
+        ({"quant_cfg": {"*weight_quantizer": {"num_bits": ["4", 3]}}}, "has num_bits"),
+        ({"quant_cfg": {"*weight_quantizer": {"num_bits": 1}}}, "has num_bits 1;"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": True}}}, "has num_bits True"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": 12}}}, "12"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {"-1": "many"}}}}, "block_sizes"),
