@@ -4,7 +4,8 @@ kinds      weights rounded to nearest (range of each output channel) at 8, 6, 4 
            in one kind of layer at a time; activations in full precision
 search     what the program over damages and the search choose within the bytes of a uniform configuration of
            4 and of 3 bits (usq), activations at 8 bits
-program    the program alone, activations in full precision
+program    the program alone, over damages of plain usq, activations in full precision; its answer also with
+           output-aware fits
 fresh      uniform ones and what was found, on blocks of fresh seeds
 table      benchmarks/results/terrain.json and terrain.md
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import terrain
 import aquabit
 from aquabit.graph import layers
 from aquabit.quality import paired
-from aquabit.scheme import Budget, Protocol, QuantConfig
+from aquabit.scheme import Budget, Protocol, QuantConfig, Scheme
 from benchmarks.common import (
     about,
     difference,
@@ -48,6 +50,7 @@ BITS = (8, 6, 4, 3)
 IMAGES = 16  # of a block
 FRESH = range(401, 406)  # blocks of seeds that nothing else uses
 SCHEMES = ["usq2h", "usq3h", "usq4h", "usq6h", "usq8h"]
+PLAIN = [s.removesuffix("h") for s in SCHEMES]
 BUDGETS = ("usq4", "usq3")  # whose bytes a search may spend
 PROTOCOL = Protocol(images=IMAGES, steps=1, micro_batch=8, objective="psnr")
 
@@ -110,7 +113,7 @@ def session_of(folder: Path, act: int) -> Any:
     from aquabit.measuring.where import Where
     from aquabit.study import Study
 
-    schemes = [*SCHEMES, *BUDGETS] if act == 8 else SCHEMES
+    schemes = [*SCHEMES, *BUDGETS] if act == 8 else PLAIN
     options = MeasureOptions(PROTOCOL, {"schemes": schemes, "activations": [act]})
     where = Where(workers=1, bank=str(folder / "bank"))
     study = Study(folder / ("terrain.db" if act == 8 else f"terrain-a{act}.db"))
@@ -132,7 +135,19 @@ def solved(folder: Path, act: int = 16) -> None:
         assert damages is not None
         scores = damages.scores((act,))
         found = {n: solve(scores, session.costs, budget_of(session, n)).choices.config for n in BUDGETS}
-    write(path, {name: {"program": config.to_dict()} for name, config in found.items()})
+    write(
+        path,
+        {
+            name: {"program": config.to_dict(), "program, output-aware": aware(config).to_dict()}
+            for name, config in found.items()
+        },
+    )
+
+
+def aware(config: QuantConfig) -> QuantConfig:
+    """The same bits, fitted output-aware."""
+    layers = {k: replace(c, weight=Scheme.parse(f"{c.weight}h")) for k, c in config.layers.items()}
+    return replace(config, layers=layers)
 
 
 def search(folder: Path) -> None:
@@ -166,7 +181,8 @@ def fresh(folder: Path) -> None:
             continue
         with session_of(folder, act) as session:
             protocols, space = [session.protocol.block(b) for b in FRESH], session.space
-            configs = {f"uniform {s}": space.uniform(s, act) for s in (*BUDGETS, *SCHEMES)}
+            uniform = (*BUDGETS, *SCHEMES) if act == 8 else (*BUDGETS, "usq4h", "usq6", "usq8")
+            configs = {f"uniform {s}": space.uniform(s, act) for s in uniform}
             for name, found in read(folder / f"found-a{act}.json").items():
                 at = f"at the bytes of {name}"
                 configs |= {f"{how} {at}": QuantConfig.from_dict(c) for how, c in found.items()}
@@ -207,7 +223,7 @@ def text(found: dict[str, Any]) -> str:
     four = found["kinds"]["all layers, 4 bits"]["psnr"]
     for row in found["fresh"]:
         if row["name"].endswith(" at the bytes of usq4"):
-            above, how = spans(difference(row["psnr"], four), 1, "+"), row["name"].split()[0]
+            above, how = spans(difference(row["psnr"], four), 1, "+"), row["name"].split(" at ")[0]
             lines += ["", f"The {how}, a{row['act']}, above rounding to nearest at 4 bits: {above} dB."]
     return "\n".join(lines) + "\n"
 

@@ -28,11 +28,13 @@ TABLES = {
     "families": "markdown",
     "flow": "markdown",
     "peers": "markdown",
+    "picture": "text",
     "rivals": "markdown",
     "searchers": "table",
     "searches": "table",
     "step_bits": "markdown",
     "surrogate": "table",
+    "terrain": "text",
     "truth": "table",
 }
 
