@@ -264,50 +264,57 @@ def pair_table(found: Mapping[str, Rows], keys: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def sections(found: dict[str, Any]) -> dict[str, list[str]]:
+    """Part -> its heading, what is to be said, and its table."""
+    seconds = [f"{m} {rows[-1]['seconds']:.0f} s" for m, rows in found["finetune"].items()]
+    return {
+        "rivals": [
+            "## What methods choose from the same fitted weights",
+            "Activations at 8 bits, the default space. The methods are those of [rivals.md](rivals.md):"
+            " `program` solves over our damages of single layers, `search` is what `aquabit search` ends with,"
+            " `modelopt, fisher` are NVIDIA ModelOpt's scores (of the output with noise) solved exactly,"
+            " `aimet`, `greedy` and `sdnq` the orders and the threshold of those tools, `uniform aq` the"
+            " additive level of least predicted damage for all layers.",
+            *rival_table(found["rivals"]),
+        ],
+        "effects": [
+            "## Which layers hurt",
+            f"SRCC over layers with what {SWAP.replace(':', ' to ')} really worsens, in dB of PSNR, in"
+            f" {CONTEXTS} good configurations of {BITS:g} bits, {CONTEXT_IMAGES} images each. Halves: one"
+            " context beside the other. The ranking by damages of single layers, and two that need no"
+            " images.",
+            *effect_table(found["effects"]),
+        ],
+        "correction": [
+            "## Correction of noise",
+            "",
+            *pair_table(found["correction"], {"eta": "eta", "weights": "weights", "activations": "act"}),
+        ],
+        "steps": [
+            "## Bits of activations by step",
+            "`usq4h`, at equal BOPs: 5 bits on average, of 4 and 6.",
+            *pair_table(found["steps"], {}),
+        ],
+        "finetune": [
+            "## Fine-tuning",
+            f"Uniform `usq2h`, a8, {TUNING_STEPS} steps ({', '.join(seconds)} on one thread).",
+            *pair_table(found["finetune"], {}),
+        ],
+    }
+
+
 def text(found: dict[str, Any]) -> str:
-    seconds = [f"{m} {rows[-1]['seconds']:.0f} s" for m, rows in found["finetune"].items() if rows]
     lines = [
         "# The claims once more, on harder models",
         "",
         f"`{found['command']}` on {about(found['machine'])}. 10 steps; five blocks of {IMAGES}"
-        " images of fresh seeds; differences are paired; 95 % intervals."
-        " PSNR [dB] is to full precision, of the same seeds. FID is of so few images in the features of the"
-        " bundled classifier: it compares within a table alone.",
-        "",
-        "## What methods choose from the same fitted weights",
-        "",
-        "Activations at 8 bits, the default space. The methods are those of [rivals.md](rivals.md): `program`"
-        " solves over our damages of single layers, `search` is what `aquabit search` ends with;"
-        " `modelopt, fisher` are NVIDIA ModelOpt's scores (of the output with noise) solved exactly; `aimet`,"
-        " `greedy` and `sdnq` are the orders and the threshold of those tools.",
-        "",
-        *rival_table(found["rivals"]),
-        "",
-        "## Which layers hurt",
-        "",
-        f"SRCC over layers with what {SWAP.replace(':', ' to ')} really worsens, in dB of PSNR, in {CONTEXTS}"
-        f" good configurations of {BITS:g} bits, {CONTEXT_IMAGES} images each. Halves: one context"
-        " beside the other. The ranking by damages of single layers beside two that need no"
-        " images.",
-        "",
-        *effect_table(found["effects"]),
-        "",
-        "## Correction of noise",
-        "",
-        *pair_table(found["correction"], {"eta": "eta", "weights": "weights", "activations": "act"}),
-        "",
-        "## Bits of activations by step",
-        "",
-        "`usq4h`, at equal BOPs: 5 bits on average, of 4 and 6.",
-        "",
-        *pair_table(found["steps"], {}),
-        "",
-        "## Fine-tuning",
-        "",
-        f"Uniform `usq2h`, a8, {TUNING_STEPS} steps ({', '.join(seconds)} on one thread).",
-        "",
-        *pair_table(found["finetune"], {}),
+        " images of fresh seeds; differences are paired; 95 % intervals. PSNR [dB] is to full precision, of"
+        " the same seeds. FID is of so few images in the features of the bundled classifier: it compares"
+        " within a table alone.",
     ]
+    for part, (heading, said, *table) in sections(found).items():
+        if found[part]:
+            lines += ["", heading, "", *([said, ""] if said else []), *table]
     return "\n".join(lines) + "\n"
 
 
@@ -320,10 +327,13 @@ def main() -> None:
             if part in PARTS:
                 write(given.folder / f"fashion-{part}-{model}.json", PARTS[part](given.folder, model))
     if {"table", "all"} & set(given.parts):
-        rows = {
-            part: {m: read(given.folder / f"fashion-{part}-{m}.json") for m in given.models} for part in PARTS
-        }
-        write_results("fashion", "python benchmarks/fashion.py all", rows, text)
+        found: dict[str, dict[str, Any]] = {}
+        for part in PARTS:
+            files = {m: given.folder / f"fashion-{part}-{m}.json" for m in given.models}
+            found[part] = {m: read(file) for m, file in files.items() if file.exists()}
+        ran = " ".join(part for part in PARTS if found[part])
+        command = f"python benchmarks/fashion.py {ran} table --models {' '.join(given.models)}"
+        write_results("fashion", command, found, text)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ TABLES = {
     "export_files": "markdown",
     "exports": "markdown",
     "families": "markdown",
+    "fashion": "text",
     "flow": "markdown",
     "peers": "markdown",
     "picture": "text",
