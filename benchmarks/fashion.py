@@ -271,7 +271,8 @@ def sections(found: dict[str, Any]) -> dict[str, list[str]]:
         "rivals": [
             "## What methods choose from the same fitted weights",
             "Activations at 8 bits, the default space. The methods are those of [rivals.md](rivals.md):"
-            " `program` solves over our damages of single layers, `search` is what `aquabit search` ends with,"
+            " `program` solves over our damages of single layers, `search` is what `aquabit search` ends"
+            " with,"
             " `modelopt, fisher` are NVIDIA ModelOpt's scores (of the output with noise) solved exactly,"
             " `aimet`, `greedy` and `sdnq` the orders and the threshold of those tools, `uniform aq` the"
             " additive level of least predicted damage for all layers.",
