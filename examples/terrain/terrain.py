@@ -36,7 +36,7 @@ CHANNELS, REPEATS, ATTENTION_FROM = (32, 32, 64, 96, 128), 4, 2  # of each level
 EMBEDDING, HEAD, GROUPS = 128, 32, 32
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
 DIFFICULTIES = range(1, 101)
-SPACE = {"schemes": ["usq2h", "usq3h", "usq4h", "usq6h", "usq8h"], "activations": [8]}
+SPACE = {"schemes": ["usq2h", "usq3h", "usq4h", "usq6h", "usq8h"], "activations": [16]}
 
 
 # ---- the network, named as in the file
