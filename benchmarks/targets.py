@@ -186,7 +186,9 @@ def main() -> None:
         old = read(RESULTS / "targets.json", {"rows": []})["rows"]
         rows = new + [r for r in old if (r["target"], r["model"]) not in done]
         rows.sort(key=lambda r: (list(RECIPES).index(r["target"]), MODELS.index(r["model"])))
-        write_results("targets", "python benchmarks/targets.py all", {"rows": rows}, text)
+        each = {k: " ".join(dict.fromkeys(r[k] for r in rows)) for k in ("model", "target")}
+        command = f"python benchmarks/targets.py all --models {each['model']} --targets {each['target']}"
+        write_results("targets", command, {"rows": rows}, text)
 
 
 if __name__ == "__main__":

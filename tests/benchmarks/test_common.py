@@ -35,6 +35,7 @@ TABLES = {
     "searches": "table",
     "step_bits": "markdown",
     "surrogate": "table",
+    "targets": "text",
     "terrain": "text",
     "truth": "table",
 }
