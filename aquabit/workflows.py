@@ -46,6 +46,7 @@ from aquabit.sensitivity.effects.validation import validate_in
 from aquabit.sensitivity.explaining import explain
 from aquabit.sensitivity.plan import ALL, WANTED, Planner, SampleOptions
 from aquabit.sensitivity.result import Sensitivity, save
+from aquabit.sensitivity.surrogate.fit import TooFewError
 from aquabit.space import SearchSpace, narrowed
 from aquabit.study import Study
 from aquabit.study_status import start_plan
@@ -406,12 +407,16 @@ def run_flow(
             front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
             early.page("checking the ranking by real swaps")
         clock.mark("search")
-        measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
+        if sample.samples:
+            measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
         if flow.swaps:  # last: real swaps check the layers that the ranking puts first
             validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
         clock.mark("checks by swaps")
-        sensitivity = explained(study, flow.bits, flow.swap, progress)
-    write_json(out / "sensitivity.json", sensitivity.to_dict())
+        try:
+            sensitivity = explained(study, flow.bits, flow.swap, progress)
+            write_json(out / "sensitivity.json", sensitivity.to_dict())
+        except TooFewError as error:  # so few samples were asked for: the search needs none
+            told(f"layers are not ranked: {error}")
     write_json(out / "front.json", front.to_list())
     write_json(out / "config.json", front.best.to_dict())
     progress("packing", 0, 1)

@@ -90,7 +90,8 @@ def run(
         mlflow_run.log_run(Study(out / "study.db"), out / "report", mlflow)
     if not emit(front.to_list(), json_):
         study = Study(out / "study.db")
-        findings.show_sensitivity(study.get("sensitivity"), 10)
+        if "sensitivity" in study:
+            findings.show_sensitivity(study.get("sensitivity"), 10)
         findings.show_front(front)
         findings.show_notes(study)
         pictures = f"images: {out / 'samples.png'}   " if (out / "samples.png").exists() else ""

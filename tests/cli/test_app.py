@@ -32,6 +32,19 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
+def test_run_without_samples_searches_and_packs(folder) -> None:
+    """A search needs none: what is left out is the ranking, which is said."""
+    few = ["--samples", "0", "--flips", "0", "--bits", "3.5", "--space", "few.json", *SMALL]
+    (folder / "few.json").write_text('{"schemes": ["usq2", "usq4"], "activations": [8]}')
+    said = run(folder, "run", "pipe", "--out", "few", *few)
+    assert "layers are not ranked: few/study.db has" in said.replace("\n", " ")
+    made = {p.name for p in (folder / "few").iterdir()}
+    assert {"front.json", "config.json", "packed", "report", "samples.png"} <= made
+    assert "sensitivity.json" not in made and not (folder / "few/report/data/sensitivity.json").exists()
+    kinds = set(Study(folder / "few/study.db").measurements(failed=True).kind)
+    assert not kinds & {"sample", "flip"}
+
+
 def test_run_writes_everything_and_continues(folder) -> None:
     whole = folder / "whole"
     for name in (

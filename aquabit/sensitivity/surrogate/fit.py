@@ -34,6 +34,12 @@ from aquabit.stats import LEVEL
 from aquabit.study import Study, comparable
 
 MIN_MEASUREMENTS = 20  # measurements below which nothing is fitted
+
+
+class TooFewError(AquabitError):
+    """A study has fewer measurements than a surrogate needs."""
+
+
 # flips stay apart as the truth, fresh seeds as the final check
 TRAINING_KINDS = ("sample", "uniform", "candidate")
 
@@ -197,7 +203,7 @@ def training_table(study: Study, objective: str) -> pd.DataFrame:
         ]
     if len(table) < MIN_MEASUREMENTS:
         lost = f" ({failed} failed)" if failed else ""
-        raise AquabitError(
+        raise TooFewError(
             f"{study.path} has {len(table)} usable measurements of {objective}{lost}, the surrogate needs at"
             f" least {MIN_MEASUREMENTS};"
             f" `aquabit measure MODEL --study {study.path} --samples {max(120, MIN_MEASUREMENTS)}` adds more"
