@@ -297,18 +297,13 @@ def harder() -> str:
     return "\n".join(lines)
 
 
-def short_results(up: str = "") -> str:
-    """``up``: from the page to the root."""
+def short_results() -> str:
     full = [[r for r in searches() if (r["model"], r["name"]) == (m, "full precision")] for m in MODELS]
     return (
         f"{reached((2.0, 3.0))}\n\n"
         f"Full precision has FID {' and '.join(shown(average(f, 'fid'), 2) for f in full)}."
         f" A found configuration has the PSNR of uniform `usq3h` with {share_of_bytes(MODELS[0])} % (U-Net)"
-        f" and {share_of_bytes(MODELS[1])} % (DiT) of its bytes.\n\n"
-        "The same on a model that loses visibly at 2 and 3 bits, within the bytes of uniform `usq2h` and"
-        f" `usq3h` ([fashion.md]({up}benchmarks/results/fashion.md) has intervals, and what held there of the"
-        " other claims):\n\n"
-        f"{harder()}"
+        f" and {share_of_bytes(MODELS[1])} % (DiT) of its bytes."
     )
 
 
@@ -327,7 +322,12 @@ def long_results() -> str:
                 f"{shown(average(f, 'psnr'), 2)} ({shown(average(f, 'fid'), 2)})" if f else "" for f in found
             ]
             lines.append(f"| `{model}`: {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + short_results("../")
+    more = (
+        "The same on a model that loses visibly at 2 and 3 bits, within the bytes of uniform `usq2h` and"
+        " `usq3h` ([fashion.md](../benchmarks/results/fashion.md) has intervals, and what held there of the"
+        " other claims):"
+    )
+    return "\n\n".join(["\n".join(lines), short_results(), more, harder()])
 
 
 def between_markers(path: Path, text: str) -> str:

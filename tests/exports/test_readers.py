@@ -225,7 +225,10 @@ Q = "transformer_blocks.0.attn1.to_q"
         (lambda t, q: q.update(modules_dtype_dict={"minimum_6bit": [Q], "x": 1}), "modules_dtype_dict"),
         (lambda t, q: q.update(modules_quant_config={f".{Q}.": {"use_svd": "much"}}), "use_svd"),
         (lambda t, q: q.update(modules_dtype_dict={"uint4": [f"{Q}.weight"]}), f"lacks '{Q}.zero_point'"),
-        (lambda t, q: t.update({f"{Q}.zero_point": t[f"{Q}.scale"]}), "and a zero_point, which they lack"),
+        (
+            lambda t, q: t.update({f"{Q}.zero_point": t[f"{Q}.scale"] + 0}),
+            "and a zero_point, which they lack",
+        ),
         (lambda t, q: t.update({f"{Q}.weight": t[f"{Q}.weight"].to(torch.int8)}), "is I8 .* there, U8"),
         (lambda t, q: q.update(modules_dtype_dict={"int8": ["no.such.weight"]}), None),
     ],
