@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from aquabit.exports import TARGETS, export_config
+from aquabit.exports import RECIPES, export_config
 from aquabit.graph import layers
 from aquabit.packing import quantize
 from aquabit.pipelines import load, trace
@@ -87,7 +87,7 @@ def run(folder: Path, python: Path, models: list[str]) -> list[dict[str, Any]]:
         for case in CASES:
             config = case_config(pipe, case, model)
             errors = {"ours": packed_error(pipe, config, calls, folder)}
-            for to in TARGETS:
+            for to in RECIPES:
                 found = export_config(config, graph, to)
                 (folder / "export.json").write_text(found.to_json())
                 command = [

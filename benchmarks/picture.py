@@ -26,6 +26,7 @@ from benchmarks.common import (
     RESULTS,
     about,
     difference,
+    machine,
     mean,
     open_study,
     parsed,
@@ -108,7 +109,14 @@ def fresh(folder: Path, model: str) -> list[dict[str, Any]]:
             cost = session.costs(config)
             values = {m: [known[config.digest, p.digest][m] for p in protocols] for m in METRICS}
             rows.append(
-                {"model": model, "name": name, "bytes": cost.bytes, "bits": cost.bits_per_weight, **values}
+                {
+                    "model": model,
+                    "name": name,
+                    "bytes": cost.bytes,
+                    "bits": cost.bits_per_weight,
+                    "machine": about(machine()),
+                    **values,
+                }
             )
     return rows
 
@@ -161,10 +169,12 @@ def draw(shown: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]], path: P
 
 
 def text(found: dict[str, Any]) -> str:
+    places = dict.fromkeys((row["model"], row["machine"]) for row in found["rows"])
+    machines = ", ".join(f"{place} (`{model}`)" for model, place in places)
     lines = [
         "# A uniform configuration and a found one of the same bytes",
         "",
-        f"`{found['command']}` on {about(found['machine'])}. Activations at 8 bits; five blocks of 128 fresh"
+        f"`{found['command']}` on {machines}. Activations at 8 bits; five blocks of 128 fresh"
         " seeds, 10 steps; 95 % intervals. FID is of 128 images in the features of the bundled classifier: it"
         ' compares with no other number. PSNR is to full precision, of the same seeds. "Ends kept": the first'
         " and last layers and the embeddings stay in full precision, as skip lists have it.",

@@ -34,8 +34,10 @@ from aquabit.graph import layers
 from aquabit.quality import paired
 from aquabit.scheme import Budget, Protocol, QuantConfig, Scheme
 from benchmarks.common import (
+    RESULTS,
     about,
     difference,
+    machine,
     mean,
     parser,
     read,
@@ -216,7 +218,10 @@ def text(found: dict[str, Any]) -> str:
             f"| {row['name']}, a{row['act']} | {row['bytes']:,.0f} | {row['bits']:.2f} |"
             f" {spans(mean(row['psnr']), 1)} |"
         )
-    lines += ["", "Rounded to nearest in the range of each channel, activations in full precision:", ""]
+    where = found.get("kinds_on", about(found["machine"]))
+    lines += ["", "Rounded to nearest in the range of each channel, activations in full precision"]
+    lines[-1] += f" (on {where}):"
+    lines += [""]
     lines += ["| what is rounded | layers | PSNR |", "|---|---|---|"]
     for name, row in found["kinds"].items():
         lines.append(f"| {name} | {row['layers']} | {spans(mean(row['psnr']), 1)} |")
@@ -240,7 +245,10 @@ def main() -> None:
         if part in parts:
             parts[part](folder)
     if {"table", "all"} & set(given.parts):
-        found = {"kinds": read(folder / "kinds.json"), "fresh": read(folder / "fresh.json")}
+        old = read(RESULTS / "terrain.json")
+        kept = {"kinds": old.get("kinds"), "kinds_on": old.get("kinds_on") or about(old["machine"])}
+        made_here = {"kinds": read(folder / "kinds.json"), "kinds_on": about(machine())}
+        found = {**(made_here if made_here["kinds"] else kept), "fresh": read(folder / "fresh.json")}
         ran = "all" if found["fresh"] else "kinds table"
         write_results("terrain", f"python benchmarks/terrain.py {ran}", found, text)
 

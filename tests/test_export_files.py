@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aquabit import workflows
-from aquabit.exports import TARGETS, WRITERS, check_known
+from aquabit.exports import RECIPES, WRITERS, check_known
 from aquabit.exports.files import Exported, Writer
 from aquabit.pipelines import network_of, trace
 from aquabit.quant.model import fingerprint
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_before_anything_is_fitted(
         with pytest.raises(AquabitError, match=said):
             workflows.export_files(dit, config, to, out, bank=str(bank))
 
-    refused(good, "nothing", f"'nothing' is unknown; known: {', '.join(TARGETS)}; with weights: .*mine")
+    refused(good, "nothing", f"'nothing' is unknown; known: {', '.join(RECIPES)}; with weights: .*mine")
     refused(good, "quanto", "quanto gets a configuration, not files")
     refused(QuantConfig("other", good.layers), "mine", "is for model other")
     refused(QuantConfig(good.fingerprint, {"x": LayerChoice(Scheme.parse("int4"), 16)}), "mine", "layer 'x'")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aquabit.cli.app import app
-from aquabit.exports import TARGETS, Export, export_config
+from aquabit.exports import RECIPES, Export, export_config
 from aquabit.graph import layers, meta_denoiser, trace
 from aquabit.pipelines import load
 from aquabit.quant.model import fingerprint
@@ -151,6 +151,31 @@ def test_modelopt() -> None:
     assert act["cfg"] == {"num_bits": 8, "axis": 0, "type": "dynamic"}, "per image"
 
 
+@pytest.mark.parametrize(
+    ("scheme", "form"),
+    [
+        ("fp8", {"num_bits": [4, 3], "axis": None}),
+        ("fp8c", {"num_bits": [4, 3], "axis": 0}),
+        ("nvfp4", {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]}}),
+        ("mxfp4", {"num_bits": [2, 1], "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]}}),
+        ("int4g32", {"num_bits": 4, "block_sizes": {-1: 32}}),
+        ("int8", {"num_bits": 8, "axis": 0}),
+    ],
+)
+def test_what_modelopt_has_is_exported_as_it_is(scheme: str, form: dict[str, Any]) -> None:
+    found = one(DIT, "modelopt", FF, scheme)
+    _, weight = found.config["quant_cfg"]
+    assert weight["cfg"] == form and found.layers[FF].status == "same"
+    assert one(DIT, "modelopt", FF, f"{scheme}h").layers[FF].lost == ("output-aware fit",)
+    assert one(DIT, "quanto", FF, "int8").layers[FF].status == "same"
+
+
+def test_a_convolution_in_groups_of_floats_is_none_of_modelopts() -> None:
+    found = one(UNET, "modelopt", CONV, "nvfp4")
+    assert found.config["quant_cfg"][1]["cfg"] == {"num_bits": 4, "axis": 0}
+    assert "nvfp4 levels: evenly spaced ones instead" in found.layers[CONV].lost
+
+
 def test_what_holds_for_all_layers_is_said() -> None:
     asked = QuantConfig(
         "f",
@@ -159,7 +184,7 @@ def test_what_holds_for_all_layers_is_said() -> None:
         tuned="0" * 16,
         ranges="static",
     )
-    for to in TARGETS:
+    for to in RECIPES:
         found = export_config(asked, DIT, to)
         said = " ".join(found.whole)
         assert all(word in said for word in ("cnc+bc", "fine-tuned codes 0000", "'static'", "softmax"))
@@ -187,7 +212,7 @@ def test_every_quantized_layer_has_one_status_and_json_keeps_all() -> None:
     config = QuantConfig(
         "f", {n: LayerChoice(Scheme.parse(schemes[i % 5]), 8) for i, n in enumerate(layers(UNET))}
     )
-    for to in TARGETS:
+    for to in RECIPES:
         found = export_config(config, UNET, to)
         assert sum(found.counts.values()) == len(config.layers) == len(found.layers)
         value = json.loads(found.to_json())

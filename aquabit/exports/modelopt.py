@@ -6,9 +6,14 @@ from math import prod
 from typing import Any
 
 from aquabit.exports.statement import Form, Node, code_bits, even_group, most_bits, uneven_groups
-from aquabit.scheme import FP, LayerChoice
+from aquabit.scheme import FP, LayerChoice, Scheme
 
 LEAST_BITS = 2  # symmetric whole numbers of 1 bit have no step
+FLOATS: dict[str, dict[str, Any]] = {  # those that it has, with scales as ours are stored
+    "fp8": {"num_bits": [4, 3]},
+    "nvfp4": {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]}},
+    "mxfp4": {"num_bits": [2, 1], "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]}},
+}
 
 
 def layer(choice: LayerChoice, node: Node) -> Form:
@@ -16,20 +21,8 @@ def layer(choice: LayerChoice, node: Node) -> Form:
     scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
     form, words, lost = dict[str, Any](), [], list[str]()
     if scheme != FP:
-        wanted, row = code_bits(scheme, shape), prod(shape[1:])
-        bits, group = max(wanted, LEAST_BITS), even_group(scheme, row)
-        if bits != wanted:
-            lost.append(f"{bits} bits instead of {wanted}")
-        lost.append("symmetric levels: no offset")
-        if len(shape) == 4 and scheme.range_group is not None and scheme.range_group < row:
-            group = None
-            lost.append(f"groups of {scheme.group} inputs: one range for each output channel")
-        else:
-            lost += uneven_groups(scheme, row)
-        form["weight"] = (
-            {"num_bits": bits, "axis": 0} if group is None else {"num_bits": bits, "block_sizes": {-1: group}}
-        )
-        words.append(f"{bits} bits" + ("" if group is None else f" in groups of {group}"))
+        form["weight"], said, lost = _float(scheme, shape) or _whole_numbers(scheme, shape)
+        words.append(said)
     if act < 16:
         lost.append("symmetric activations: no offset")
         per_token = {"block_sizes": {-1: None, "type": "dynamic"}}
@@ -37,7 +30,32 @@ def layer(choice: LayerChoice, node: Node) -> Form:
             "num_bits": act,
             **(per_token if len(shape) == 2 else {"axis": 0, "type": "dynamic"}),
         }
-    return Form(form or None, ", ".join([*words, f"a{act}"]), lost)
+    return Form(form or None, ", ".join([*words, f"a{act}"]), lost, _float(scheme, shape) is not None)
+
+
+def _float(scheme: Scheme, shape: tuple[int, ...]) -> tuple[dict[str, Any], str, list[str]] | None:
+    """One of FLOATS; None for others, and for a convolution in groups, which it has along the kernel."""
+    if scheme.kind not in FLOATS or (len(shape) == 4 and scheme.group is not None):
+        return None
+    axis = {"axis": 0 if scheme.per_channel else None} if scheme.group is None else {}
+    return {**FLOATS[scheme.kind], **axis}, str(scheme).removesuffix("h"), []
+
+
+def _whole_numbers(scheme: Scheme, shape: tuple[int, ...]) -> tuple[dict[str, Any], str, list[str]]:
+    wanted, row, lost = code_bits(scheme, shape), prod(shape[1:]), list[str]()
+    bits, group = max(wanted, LEAST_BITS), even_group(scheme, row)
+    if bits != wanted:
+        lost.append(f"{bits} bits instead of {wanted}")
+    if scheme.kind != "int":
+        lost.append("symmetric levels: no offset")
+    if len(shape) == 4 and scheme.range_group is not None and scheme.range_group < row:
+        group = None
+        lost.append(f"groups of {scheme.group} inputs: one range for each output channel")
+    else:
+        lost += uneven_groups(scheme, row)
+    if group is None:
+        return {"num_bits": bits, "axis": 0}, f"{bits} bits", lost
+    return {"num_bits": bits, "block_sizes": {-1: group}}, f"{bits} bits in groups of {group}", lost
 
 
 def whole(forms: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def layer(choice: LayerChoice, node: Node) -> Form:
         lost.append(f"{bits} bits instead of {wanted}")
     group = None if bits == 8 else _quanto_group(row)
     asked = scheme.range_group or row
-    if bits == 8:
+    if bits == 8 and scheme.kind != "int":
         lost.append("symmetric levels: no offset")
     if min(asked, row) != (group or row):
         ours, theirs = ("a row" if n is None or n >= row else f"groups of {n}" for n in (asked, group))

@@ -29,12 +29,13 @@ class LayerExport:
 
 
 class Form(NamedTuple):
-    """One layer for one library: the library's form of it (None: it stays in full precision), in words, and
-    what is lost besides what every library loses."""
+    """One layer for one library: the library's form of it (None: it stays in full precision), in words, what
+    is lost besides what every library loses, and whether it has the scheme's levels where they are uneven."""
 
     form: Any
     words: str
     lost: list[str]
+    has_levels: bool = False
 
 
 @dataclass
@@ -68,9 +69,9 @@ class Export:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
 
-def weight_losses(scheme: Scheme) -> list[str]:
-    """What every library loses of a weight's scheme."""
-    lost = [scheme.record.unlike_even] if scheme.record.unlike_even else []
+def weight_losses(scheme: Scheme, has_levels: bool = False) -> list[str]:
+    """What every library loses of a weight's scheme, but for levels that it has."""
+    lost = [scheme.record.unlike_even] if scheme.record.unlike_even and not has_levels else []
     return [*lost, "output-aware fit"] if scheme.calibrated else lost
 
 
