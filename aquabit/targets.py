@@ -87,7 +87,8 @@ class Held:
         for name, why in self.dense.items():
             reasons.setdefault(why, []).append(name)
         found = [
-            f"{len(names)} of {self.layers} layers stay dense for {self.target} ({why}): {_first(names)}"
+            f"{len(names)} of {self.layers} layers {'stays' if len(names) == 1 else 'stay'} dense for"
+            f" {self.target} ({why}): {_first(names)}"
             for why, names in reasons.items()
         ]
         groups = ["/".join(group) for group in self.tied]

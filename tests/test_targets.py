@@ -120,8 +120,8 @@ def test_every_target_keeps_something_dense_or_says_nothing() -> None:
     found = {t: TARGETS[t].on(graph_layers(model()), "Made").notes for t in TARGETS}
     assert found["sdnq"] == [] and found["aquabit"] == []
     assert found["gguf"] == [
-        "1 of 4 layers stay dense for gguf (diffusers' GGUF loader quantizes Linear layers alone): conv",
-        "1 of 4 layers stay dense for gguf (its rows of 9 weights must be a multiple of 32): odd",
+        "1 of 4 layers stays dense for gguf (diffusers' GGUF loader quantizes Linear layers alone): conv",
+        "1 of 4 layers stays dense for gguf (its rows of 9 weights must be a multiple of 32): odd",
     ]
     many = model(**{f"c{i}": ("conv", (8, 8, 3, 3)) for i in range(5)})
     assert TARGETS["comfy"].on(graph_layers(many), "Made").notes[0].endswith("alone): c0, c1, c2 and 2 more")

@@ -20,6 +20,7 @@ CELLS = 60
 MIN_CELLS = 3  # cells below which nothing is fitted
 STARTS = 5  # of the fit, which has local optima
 TINY = 1e-12  # relative error that counts as none
+REACH = 50.0  # logarithm by which a weight may lie beside the common level: further, exp would overflow
 
 
 def chosen_cells(damages: Damages, count: int = CELLS) -> list[tuple[int, int]]:
@@ -60,7 +61,9 @@ def fit_step_weights(errors: np.ndarray, damages: np.ndarray) -> np.ndarray:
     steps = errors.shape[1]
     noise = [np.random.default_rng(s).normal(size=steps) * (s > 0) for s in range(STARTS)]
     starts = [np.full(steps, level) + own for own in noise]
-    found = min((minimize(loss, u, jac=True, method="L-BFGS-B") for u in starts), key=lambda f: float(f.fun))
+    bounds = [(level - REACH, level + REACH)] * steps
+    fits = [minimize(loss, u, jac=True, method="L-BFGS-B", bounds=bounds) for u in starts]
+    found = min(fits, key=lambda f: float(f.fun))
     weights = np.exp(found.x)
     # what no error of that step could make matter
     weights[weights * errors.max(0) < 1e-6 * float((errors @ weights).max())] = 0.0

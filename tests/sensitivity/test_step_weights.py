@@ -112,3 +112,14 @@ def test_cells_that_activations_drown_and_those_that_a_layer_may_not_take_are_le
     assert len(cells) == int((np.isfinite(known.weights) & (known.weights > 1e-9)).sum()) - 4, "all there are"
     assert not {i for i, _ in cells} & {2, 4} and (5, 1) not in cells
     assert [j for i, j in cells if i == 1] == [known.space.schemes.index(known.space.choices["l1"][0])]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fit_that_runs_away_is_held() -> None:
+    """Damages that no weights explain send the search far out; it stays where numbers are finite."""
+    rng = np.random.default_rng(243)
+    count, steps = int(rng.integers(3, 60)), int(rng.integers(1, 11))
+    size = rng.normal(size=(count, 1)) * rng.uniform(0, 8)
+    found = np.exp(size + rng.normal(size=(count, steps)) * rng.uniform(0, 3) - 20)
+    weights = fit_step_weights(found, np.exp(rng.normal(size=count) * rng.uniform(0, 8) - 25))
+    assert np.isfinite(weights).all() and weights.max() > 0
