@@ -2,8 +2,8 @@
 
 Groups of inputs are those of the program. GGUF's (llama.cpp's ggml-common.h) lie in the order in which a
 row is stored, (cin, kh, kw); the others' are of channels at one tap, as SDNQ has them. Sources: OCP
-Microscaling 1.0 (mxfp4, mxfp8), NVIDIA's description of NVFP4, OCP 8-bit floats (fp8), QLoRA (arXiv 2305.14314) and
-bitsandbytes (nf4).
+Microscaling 1.0 (mxfp4, mxfp8), NVIDIA's description of NVFP4, OCP 8-bit floats (fp8), QLoRA (arXiv
+2305.14314) and bitsandbytes (nf4).
 """
 
 from __future__ import annotations
