@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from aquabit.budget import OTHERS
 from aquabit.cli import options
 from aquabit.files import check_apart
 from aquabit.inputs import read_inputs
@@ -370,6 +371,7 @@ class Searching:
         ),
     ] = None
     seed: Annotated[int, typer.Option("--seed")] = 0
+    front: options.Front = OTHERS
 
     def options(self, budget: Budget, study: Study) -> SearchOptions:
         """As a value; configurations are read for the study's space."""
@@ -388,7 +390,8 @@ class Searching:
 
         space = SearchSpace.from_dict(study.need("space", "run `aquabit measure MODEL --study` first"))
         rivals = [(path.name, read_rival(path)) for path in self.against or ()]
-        return SearchOptions(budget, self.method, self.rounds, self.per_round, self.screen, self.seed, rivals)
+        how = (self.method, self.rounds, self.per_round, self.screen, self.seed)
+        return SearchOptions(budget, *how, rivals, self.front)
 
 
 @dataclass(frozen=True)
