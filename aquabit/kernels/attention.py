@@ -79,9 +79,8 @@ def rounded_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
     if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        raise AquabitError(f"attention takes [.., n, d], [.., m, d] and [.., m, e], not {shapes}")
+        raise AquabitError(f"attention takes [.., n, d], [.., m, d] and [.., m, e], not {_shapes(q, k, v)}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise AquabitError(
             f"attention takes q, k and v of one floating-point type, not {q.dtype}, {k.dtype} and {v.dtype}"
@@ -96,19 +95,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         _sizes(q, k, v, mask)
     except RuntimeError as error:
         masked = "" if mask is None else f" with a mask {list(mask.shape)}"
-        raise AquabitError(f"the leading dimensions of {shapes}{masked} do not fit") from error
+        raise AquabitError(f"the leading dimensions of {_shapes(q, k, v)}{masked} do not fit") from error
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
 
 
 def _served(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the op takes them."""
-    tensors = [t for t in (q, k, v, mask) if t is not None]
-    return (
-        bool(_LEVELS)
-        and q.dtype in DTYPES
-        and q.device.type in ("cpu", "meta")
-        and (mask is None or mask.dtype in (torch.bool, *DTYPES))
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    if not _LEVELS or q.dtype not in DTYPES or q.device.type not in ("cpu", "meta"):
+        return False
+    if mask is not None and mask.dtype not in (torch.bool, *DTYPES):
+        return False
+    learned = q.requires_grad or k.requires_grad or v.requires_grad
+    return not (torch.is_grad_enabled() and (learned or (mask is not None and mask.requires_grad)))
 
 
 def _level(name: str | None) -> int:
@@ -119,8 +120,8 @@ def _level(name: str | None) -> int:
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> torch.Size:
     """The leading dimensions of the result."""
-    leading = [t.shape[:-2] for t in (q, k, v)]
-    return torch.broadcast_shapes(*leading, *([] if mask is None else [mask.shape[:-2]]))
+    sizes, others = q.shape[:-2], [t.shape[:-2] for t in (k, v, mask) if t is not None]
+    return sizes if all(o == sizes for o in others) else torch.broadcast_shapes(sizes, *others)
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -148,13 +149,19 @@ def _rounded_attention_cpu(
     y = _empty(q, k, v, mask, wide)
     if y.numel() and k.numel():
         sizes = y.shape[:-2]
-        rows = [_rows(t.to(wide), sizes) for t in (q, k, v)]
+        q_rows, k_rows, v_rows = (_rows(t, wide, sizes) for t in (q, k, v))
         seen = None if mask is None else mask.float() if mask.dtype == torch.float16 else mask
         seen = None if seen is None else seen.expand(*sizes, q.shape[-2], k.shape[-2])
         if _native.attention(
-            *(t.data_ptr() for t in (*rows, y)),
+            q_rows.data_ptr(),
+            k_rows.data_ptr(),
+            v_rows.data_ptr(),
+            y.data_ptr(),
             0 if seen is None else seen.data_ptr(),
-            *(t.stride() for t in (*rows, y)),
+            q_rows.stride(),
+            k_rows.stride(),
+            v_rows.stride(),
+            y.stride(),
             () if seen is None else seen.stride(),
             0 if seen is None else _MASKS[seen.dtype],
             sizes,
@@ -164,15 +171,16 @@ def _rounded_attention_cpu(
             torch.get_num_threads(),
             level,
         ):
-            return y.to(q.dtype)
+            return y if wide == q.dtype else y.to(q.dtype)
     # no keys, or values that are not finite, which rows of the result share in ways of their own
     return y.copy_(rounded_attention_reference(q, k, v, mask, scale)).to(q.dtype)
 
 
-def _rows(x: Tensor, sizes: torch.Size) -> Tensor:
-    """Broadcast, with columns one after another, as the extension reads them."""
+def _rows(x: Tensor, dtype: torch.dtype, sizes: torch.Size) -> Tensor:
+    """Widened, broadcast, with columns one after another, as the extension reads them."""
+    x = x if x.dtype == dtype else x.to(dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.expand(*sizes, *x.shape[-2:])
+    return x if x.shape[:-2] == sizes else x.expand(*sizes, *x.shape[-2:])
 
 
 @torch.library.register_fake("aquabit::rounded_attention", lib=_library)

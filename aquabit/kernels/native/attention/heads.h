@@ -83,7 +83,7 @@ INLINE void make_scores(const Attention& a, int64_t rows, const Head& h) {
                     const int64_t i = (row + r) * kLanes;
                     store(h.scores + (row + r) * h.scores_stride + (first + v) * kLanes, s);
                     store(h.high + i, larger(load(h.high + i), s));
-                    store(h.low + i, smaller(load(h.low + i), s));
+                    store(h.low + i, lesser(load(h.low + i), s));
                 });
     });
 }
@@ -124,7 +124,7 @@ INLINE void add_mask(const Attention& a, int64_t head, int64_t query, int64_t ro
         const Floats s = load(scores + i) + load(h.mask + i);
         store(scores + i, s);
         none |= s != s;
-        high = larger(high, s), low = smaller(low, s);
+        high = larger(high, s), low = lesser(low, s);
     }
     store(h.high + row * kLanes, none ? splat(__builtin_inff()) : high);
     store(h.low + row * kLanes, low);
@@ -148,7 +148,7 @@ INLINE void round_row(const Attention& a, int64_t row, int64_t first, int64_t ve
     for (int64_t i = 0; i < vectors; ++i) {
         e = exp2_of(load(scores + i * kLanes) - top);
         sum += e;
-        const Ints u = nearest(smaller(e * steps - lowest, most));
+        const Ints u = nearest(lesser(e * steps - lowest, most));
 #ifdef AQUABIT_VNNI
         store_narrowed(reinterpret_cast<int16_t*>(to) + i * kLanes, u);
 #else

@@ -8,8 +8,21 @@ constexpr float kLeast = -125.0f;               // of the exponents: what is bel
 typedef uint16_t HalfWords __attribute__((vector_size(kBytes / 2)));
 typedef uint16_t UnalignedHalfWords __attribute__((vector_size(kBytes / 2), aligned(1), may_alias));
 
-// NaN in ``a`` stays.
-INLINE Floats larger(Floats a, Floats b) { return a < b ? b : a; }
+// NaN in ``a`` stays. By intrinsics: compilers make a comparison and a choice of one with a constant.
+INLINE Floats larger(Floats a, Floats b) {
+#if AQUABIT_LEVEL == 4
+    return (Floats)_mm512_max_ps((__m512)b, (__m512)a);
+#else
+    return a < b ? b : a;
+#endif
+}
+INLINE Floats lesser(Floats a, Floats b) {
+#if AQUABIT_LEVEL == 4
+    return (Floats)_mm512_min_ps((__m512)b, (__m512)a);
+#else
+    return smaller(b, a);
+#endif
+}
 
 INLINE float largest(Floats v) {
 #if AQUABIT_LEVEL == 4
