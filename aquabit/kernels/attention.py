@@ -172,7 +172,7 @@ def _rounded_attention_cpu(
             level,
         ):
             return y if wide == q.dtype else y.to(q.dtype)
-    # no keys, or values that are not finite, which rows of the result share in ways of their own
+    # no keys, or values that are not finite or nearly so, which the kernel leaves
     return y.copy_(rounded_attention_reference(q, k, v, mask, scale)).to(q.dtype)
 
 

@@ -44,7 +44,7 @@ Rows rows_of(uintptr_t address, const Numbers& strides, size_t dimensions, bool 
 }
 
 // q [sizes.., n, d], k [sizes.., m, d], v [sizes.., m, e] to y [sizes.., n, e]; all bfloat16 or (not ``narrow``) float32. False where
-// a value is not finite: y is not complete then.
+// a value is not finite or beyond 1e30: y is not complete then.
 bool attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y, uintptr_t mask, const Numbers& q_strides, const Numbers& k_strides,
             const Numbers& v_strides, const Numbers& y_strides, const Numbers& mask_strides, int64_t mask_kind, const Numbers& sizes,
             const Numbers& lengths, float scale, bool narrow, int64_t threads, int64_t level) {

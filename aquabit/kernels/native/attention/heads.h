@@ -187,7 +187,8 @@ INLINE void write_rows(const Attention& a, const Rows& y, int64_t first, int64_t
     }
 }
 
-// Blocks of queries [first, last) of a head; false where a value of Q, K or V is not finite, and what was written is of no use.
+// Blocks of queries [first, last) of a head; false where a value of Q, K or V is none to compute with (``note``), and what was
+// written is of no use.
 static bool run_blocks(const Attention& a, int64_t head, int64_t first, int64_t last, uint8_t* room) {
     const Head h(a, room);
     const Rows q = of_head(a, a.q, head), y = of_head(a, a.y, head);

@@ -38,11 +38,14 @@ INLINE Rows of_head(const Attention& a, const Rows& rows, int64_t head) {
 
 INLINE void* row_of(const Rows& rows, int64_t i) { return static_cast<char*>(rows.data) + i * rows.stride * (rows.narrow ? 2 : 4); }
 
-// A row times ``factor``, zeros beyond its end up to a whole vector; ``zeros`` becomes NaN where a value is not finite.
+// ``zeros`` becomes NaN where a value is not finite, or so large that sums of weighted ones might not be.
+INLINE void note(Floats x, Floats* zeros) { *zeros += x * 1e8f * 0.0f; }
+
+// A row times ``factor``, zeros beyond its end up to a whole vector.
 INLINE void pack_row(const void* row, bool narrow, int64_t count, float factor, float* to, Floats* zeros) {
     for (int64_t i = 0; i < count; i += kLanes) {
         const Floats x = read(row, narrow, i, count);
-        *zeros += x * 0.0f;
+        note(x, zeros);
         store(to + i, x * factor);
     }
 }
@@ -58,14 +61,14 @@ INLINE void interleave(const float* rows, int64_t stride, int64_t count, float* 
 }
 
 // kLanes columns from ``column`` on of the keys [first, last): vectors of Weighted::per keys, ``steps`` of them, zeros beyond;
-// what an integer stands for, and the sum of all that stands there. ``zeros`` as above.
+// what an integer stands for, and the sum of all that stands there.
 INLINE void pack_columns(const Rows& v, int64_t first, int64_t last, int64_t column, int64_t count, int64_t steps, uint8_t* to,
                          float* scale, float* total, Floats* zeros) {
 #ifdef AQUABIT_VNNI
     Floats most = {};
     for (int64_t key = first; key < last; ++key) {
         const Floats x = read(row_of(v, key), v.narrow, column, count);
-        *zeros += x * 0.0f;
+        note(x, zeros);
         most = larger(most, larger(x, -x));
     }
     const Floats step = most * (1 / 32767.0f), inverse = most > 1e-30f ? 32767.0f / most : Floats{};
@@ -85,7 +88,7 @@ INLINE void pack_columns(const Rows& v, int64_t first, int64_t last, int64_t col
     for (int64_t s = 0; s < steps; ++s) {
         const int64_t key = first + s;
         const Floats x = key < last ? read(row_of(v, key), v.narrow, column, count) : Floats{};
-        *zeros += x * 0.0f;
+        note(x, zeros);
         sum += x;
         store(reinterpret_cast<float*>(to) + s * kLanes, x);
     }

@@ -30,7 +30,7 @@ struct Attention {
 };
 
 // What is compiled for each instruction set: level.h. A part takes the blocks [first, last) of all heads, one head after
-// another; it returns whether all that it read of Q, K and V is finite, and writes nothing for a head that is not.
+// another; it returns false where a value of Q, K or V is not finite or beyond 1e30, and the result is of no use then.
 struct Level {
     int64_t rows;  // queries of a tile, which blocks are multiples of
     int64_t (*room)(const Attention&);
