@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme, act_text
 from aquabit.targets import Target
 from aquabit.ties import Tied, find_ties, in_order, joined
 
@@ -65,15 +65,15 @@ def fused(
 
 
 def rounded(
-    goal: Target | None, activations: Sequence[int] | None, default: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Activation bits of a space; raises AquabitError for those that a target does not round."""
+    goal: Target | None, activations: Sequence[Rounding] | None, default: tuple[Rounding, ...]
+) -> tuple[Rounding, ...]:
+    """Activations of a space; raises AquabitError for those that a target does not round."""
     if activations is None:
         return default if goal is None else goal.activations
     wrong = [a for a in activations if goal is not None and a not in goal.activations]
     if goal is not None and wrong:
         raise AquabitError(
-            f"activations of {wrong[0]} bits are none of {goal.name}'s, which has"
-            f" {', '.join(map(str, goal.activations))}; leave them out"
+            f"{act_text(wrong[0])} is none of {goal.name}'s activations, which are"
+            f" {', '.join(map(act_text, goal.activations))}; leave it out"
         )
     return tuple(activations)

@@ -14,14 +14,14 @@ from math import prod
 from typing import Any
 
 from aquabit.deployed_kinds import GGUF as GGUF_KINDS
-from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme
 from aquabit.ties import Tied, find_ties
 
 Node = Mapping[str, Any]  # a layer's attributes in the graph: kind ("linear" or "conv"), shape, groups, ...
 Lists = tuple[tuple[str, ...], ...]  # patterns of layers that are tied, as in a space file
 
 SDNQ_PACKED = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8}  # bits -> weights that share whole bytes
-WEIGHTS_ONLY = (16,)  # activation bits of programs that round weights alone
+WEIGHTS_ONLY: tuple[Rounding, ...] = (16,)  # activations of programs that round weights alone
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Target:
     name: str
     schemes: tuple[str, ...]
     rule: Callable[[Scheme, Node], str | None] = field(repr=False)
-    activations: tuple[int, ...] = WEIGHTS_ONLY
+    activations: tuple[Rounding, ...] = WEIGHTS_ONLY
     fused: Mapping[str, Lists] = field(default_factory=dict)
     one_scale: tuple[str, ...] = ()  # kinds with one scale a tensor, which layers that it fuses cannot share
 
@@ -249,7 +249,7 @@ TORCHAO = Target(
 )
 MODELOPT = Target("modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt)
 COMFY = Target("comfy", ("nvfp4h", "fp8h", "int8h"), _comfy, fused=FUSED, one_scale=("fp8", "nvfp4"))
-AQUABIT = Target("aquabit", (), _aquabit, (16, 8, 6))
+AQUABIT = Target("aquabit", (), _aquabit, (16, 8, "i8", "f8", 6))
 TARGETS: Mapping[str, Target] = {
     t.name: t for t in (GGUF, SDNQ, BITSANDBYTES, TORCHAO, MODELOPT, COMFY, AQUABIT)
 }

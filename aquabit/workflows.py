@@ -383,7 +383,7 @@ def run_flow(
     early = _Early(study, out, told, progress)
 
     def look(session: Session) -> None:
-        session.costs.check(budget, max(session.space.activations))
+        session.costs.check(budget, session.space.closest_act)
         clock.mark("loading")
         early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format")
         clock.mark("first look")

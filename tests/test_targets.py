@@ -146,7 +146,7 @@ def test_schemes_of_a_space_file_are_offered_where_the_target_holds_them() -> No
         make_space(model(), "f", pinned={"wide": "usq8"}, target="gguf")
     pinned = make_space(model(), "f", pinned={"wide": "q8_0"}, target="gguf")
     assert pinned.choices["wide"] == (Scheme.parse("q8_0"),)
-    with pytest.raises(AquabitError, match="activations of 8 bits are none of gguf's, which has 16"):
+    with pytest.raises(AquabitError, match="a8 is none of gguf's activations, which are a16"):
         make_space(model(), "f", activations=[16, 8], target="gguf")
 
 

@@ -29,7 +29,7 @@ from aquabit.quant.correction.sampling import following
 from aquabit.quant.kernel_tuning import layers_of, place_, requests_of
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import (
-    ACTIVATION_BITS,
+    ROUNDINGS,
     AquabitError,
     Budget,
     Calibration,
@@ -38,8 +38,10 @@ from aquabit.scheme import (
     QuantConfig,
     Scheme,
     StepGroups,
+    act_bits,
     act_code,
     act_of,
+    act_parts,
     act_text,
 )
 from aquabit.search.integer_program import choice_effects, solve
@@ -59,9 +61,9 @@ USQ4 = Scheme.parse("usq4")
 GROUPS = StepGroups(10, (0, 3, 7))
 PROTOCOL = Protocol(images=4, steps=4, micro_batch=4)
 HALVES = StepGroups(4, (0, 2))
-ACTS = st.integers(2, 5).flatmap(
-    lambda n: st.tuples(*[st.sampled_from(ACTIVATION_BITS)] * n)
-) | st.sampled_from(ACTIVATION_BITS)
+ACTS = st.integers(2, 5).flatmap(lambda n: st.tuples(*[st.sampled_from(ROUNDINGS)] * n)) | st.sampled_from(
+    ROUNDINGS
+)
 
 
 # ---- values
@@ -71,11 +73,12 @@ ACTS = st.integers(2, 5).flatmap(
 def test_codes_round_trip_and_collide_with_no_width(act) -> None:
     code = act_code(act)
     assert act_of(code) == plain_act(act)
-    assert (code in ACTIVATION_BITS) == isinstance(plain_act(act), int)
-    assert act_text(plain_act(act)) == "a" + str(plain_act(act)).strip("()").replace(", ", "/")
+    assert (code in ROUNDINGS) == isinstance(plain_act(act), int)
+    text = "/".join(map(str, act_parts(plain_act(act))))
+    assert act_text(plain_act(act)) == (text if text[0] in "if" else f"a{text}")
 
 
-@given(st.lists(ACTS.filter(lambda a: isinstance(a, int) or len(a) == 3), min_size=1, max_size=6))
+@given(st.lists(ACTS.filter(lambda a: not isinstance(a, tuple) or len(a) == 3), min_size=1, max_size=6))
 def test_configurations_with_groups_in_json_and_back(acts) -> None:
     config = QuantConfig("f", {f"l{i}": LayerChoice(USQ4, a) for i, a in enumerate(acts)}, steps=GROUPS)
     again = QuantConfig.from_dict(json.loads(config.to_json()))
@@ -83,15 +86,15 @@ def test_configurations_with_groups_in_json_and_back(acts) -> None:
     even = QuantConfig(
         "f",
         {
-            k: replace(v, act=(v.act,) * 3 if isinstance(v.act, int) else v.act)
+            k: replace(v, act=v.act if isinstance(v.act, tuple) else (v.act,) * 3)
             for k, v in config.layers.items()
         },
         steps=GROUPS,
     )
     assert even == config, "groups of equal bits are one number"
     for k, c in config.layers.items():
-        row = [c.act if isinstance(c.act, int) else c.act[GROUPS.of(s)] for s in range(10)]
-        assert config.mean_act(k) == pytest.approx(sum(row) / 10)
+        row = [c.act[GROUPS.of(s)] if isinstance(c.act, tuple) else c.act for s in range(10)]
+        assert config.mean_act(k) == pytest.approx(sum(map(act_bits, row)) / 10)
         assert sum(config.share(k, b) for b in set(row)) == pytest.approx(1)
 
 
