@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from aquabit.scheme import FP, METHOD, AquabitError, LayerChoice, QuantConfig, Rounding, Scheme, act_text
+from aquabit.scheme import FP, METHOD, AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
 
 logger = logging.get_logger("diffusers.quantizers.aquabit")
 
@@ -88,7 +88,7 @@ class AquabitConfig(QuantizationConfigMixin):
         self.digest: str | None = None  # of the artifact that this was read from
         if isinstance(weights, QuantConfig):
             if act is not None or self.modules_to_not_convert:
-                what = "modules are left out" if act is None else f"activations are {act_text(act)}"
+                what = "modules are left out" if act is None else f"activation bits are {act}"
                 raise AquabitError(f"{what}, but the configuration names each layer's; leave them out")
             return
         self.act = 16 if act is None else act

@@ -36,6 +36,7 @@ from aquabit.scheme import (
     LayerChoice,
     Protocol,
     QuantConfig,
+    Rounding,
     Scheme,
     StepGroups,
     act_bits,
@@ -182,24 +183,25 @@ def stepped(space: SearchSpace, *acts, scheme: str = "usq4", steps: StepGroups =
 def test_bits_change_in_the_step_that_the_groups_say(tmp_path, dit, scheduler: str, packed: bool) -> None:
     here, space = evaluator(dit, tmp_path)
     names = space.layers
-    config = stepped(space, (4, 8), 6, (8, 16))
-    seen: list[list[int]] = []
+    config = stepped(space, (4, 8), 6, (8, 16), ("f8", "i8"))
+    seen: list[list[Rounding]] = []
     first = here.quantized.layers[names[0]]
-    first.register_forward_pre_hook(lambda *_: seen.append([here.quantized.layers[n].act for n in names[:3]]))
+    first.register_forward_pre_hook(lambda *_: seen.append([here.quantized.layers[n].act for n in names[:4]]))
     here.generate(config, replace(PROTOCOL, scheduler=scheduler, images=8), packed)
-    assert seen == [[4, 6, 8], [4, 6, 8], [8, 6, 16], [8, 6, 16]] * 2, "every batch begins anew"
+    first, then = [4, 6, 8, "f8"], [8, 6, 16, "i8"]
+    assert seen == [first, first, then, then] * 2, "every batch begins anew"
     outputs = {n for n, a in graph_layers(trace(dit)).items() if a.get("attention")}
     assert outputs and all(here.quantized.layers[n].act_output in (8, 6, 16) for n in outputs)
 
 
 def test_images_are_those_of_switching_by_hand(tmp_path, pipe) -> None:
     here, space = evaluator(pipe, tmp_path)
-    config = stepped(space, (4, 8), (8, 4), 6)
+    config = stepped(space, (4, 8), (8, 4), 6, ("i8", "f8"))
     halves = [
         QuantConfig(
             space.fingerprint,
             {
-                k: replace(c, act=c.act if isinstance(c.act, int) else c.act[g])
+                k: replace(c, act=c.act[g] if isinstance(c.act, tuple) else c.act)
                 for k, c in config.layers.items()
             },
         )
@@ -268,9 +270,10 @@ def images(pipe, protocol: Protocol = PROTOCOL) -> torch.Tensor:
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
-def test_artifacts_switch_too(tmp_path, pipe) -> None:
+@pytest.mark.parametrize("eight", [8, "i8", "f8"])
+def test_artifacts_switch_too(tmp_path, pipe, eight: Rounding) -> None:
     here, space = evaluator(pipe, tmp_path)
-    config = stepped(space, (8, 16), 8, (16, 8))
+    config = stepped(space, (eight, 16), eight, (16, eight))
     full, dense = here.generate(space.full_precision(), PROTOCOL), here.generate(config, PROTOCOL)
     packed = packing.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
     written = packed.save(tmp_path / "packed")
@@ -284,9 +287,9 @@ def test_artifacts_switch_too(tmp_path, pipe) -> None:
             "a value between two steps may be rounded to the other one"
         )
         found = layers_of(other.denoiser)
-        assert [found[n].act for n in space.layers] == [16 if i % 3 == 0 else 8 for i in range(len(found))], (
-            "as the last step left them"
-        )
+        assert [found[n].act for n in space.layers] == [
+            16 if i % 3 == 0 else eight for i in range(len(found))
+        ], "as the last step left them"
     set_scheduler(loaded, "euler")
     images(loaded)
     loaded.scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
