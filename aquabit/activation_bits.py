@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 from aquabit.errors import AquabitError
 
 Rounding: TypeAlias = int | Literal["i8", "f8"]
-# what quantized layers may round to, the closest to full precision first (benchmarks/activations.py)
+# what quantized layers may round to: most bits first, of as many the closest to full precision first
+# (benchmarks/activations.py)
 ROUNDINGS: tuple[Rounding, ...] = (16, 8, "i8", "f8", 6, 4)
 OTHERS: dict[Rounding, int] = {"i8": 17, "f8": 18}  # codes: above the bits of the others
 CODE_SHIFT = 5  # bits of a code that one group of steps takes: all codes are below 32

@@ -453,9 +453,10 @@ def make_space(
     else:
         choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
     model_class = str(graph.graph.get("model_class"))
+    acts = rounded(goal, activations, DEFAULT_ACTIVATIONS)
     if goal is not None:
-        choices = held(goal, nodes, choices, model_class, out)
-        check_pins(goal, nodes, pins, pinned or {}, model_class)
+        choices = held(goal, nodes, choices, model_class, out, acts)
+        check_pins(goal, nodes, pins, pinned or {}, model_class, acts)
     choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}
     choices |= dict.fromkeys(out, (FP,))
     for name, row in choices.items():
@@ -473,7 +474,7 @@ def make_space(
     return SearchSpace(
         fingerprint,
         choices,
-        rounded(goal, activations, DEFAULT_ACTIVATIONS),
+        acts,
         {n: str(a["operator"]) for n, a in nodes.items()},
         {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()},
         model,
@@ -501,7 +502,12 @@ def narrowed(space: SearchSpace, graph: nx.DiGraph, target: str | None) -> Searc
     excluded = {k for k, row in space.choices.items() if row == (FP,)}
     choices = held(goal, nodes, space.choices, model_class, excluded)
     choices, groups = fused(goal, model_class, choices, space.tied)
-    kept = tuple(a for a in goal.activations if a == 16 or a in space.activations)
+    every = {s for row in choices.values() for s in row}
+    kept = tuple(
+        a
+        for a in goal.activations
+        if a == 16 or (a in space.activations and all(goal.beside(s, a) is None for s in every))
+    )
     choices = common_choices(choices, groups)
     return replace(space, choices=choices, activations=kept, tied=groups, target=goal.name)
 

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from aquabit.exports import WRITERS, check_known
-from aquabit.exports.exported import Exported, check_one_network
+from aquabit.exports.exported import Exported, check_activations, check_one_network
 from aquabit.files import check_apart, write_bytes
 from aquabit.graph import LayerGraph
 from aquabit.jsonio import write_json
@@ -50,6 +50,7 @@ from aquabit.sensitivity.surrogate.fit import TooFewError
 from aquabit.space import SearchSpace, narrowed
 from aquabit.study import Study
 from aquabit.study_status import start_plan
+from aquabit.targets import TARGETS
 from aquabit.user_code import names_function
 from aquabit.within import Fitted, compared, fit_within, parse_time
 
@@ -678,6 +679,7 @@ def export_files(
 
     def check(network: nn.Module, graph: LayerGraph) -> None:
         check_one_network(config, graph, to)
+        check_activations(config, TARGETS[to])
         WRITERS[to].check(Exported(network, config, graph))
 
     found = coded(pipe, config, check=check, bank=bank, device=device, progress=progress)

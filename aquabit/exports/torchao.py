@@ -8,6 +8,8 @@ from typing import Any
 from aquabit.exports.statement import Form, Node, closest_act, code_bits, even_group, uneven_groups
 from aquabit.scheme import FP, LayerChoice, Scheme, act_text
 
+SCALES = "torchao's scales of inputs at i8 are the largest value / 127.5, not / 127"
+
 
 def layer(choice: LayerChoice, node: Node) -> Form:
     """A linear layer with rounded activations gets dynamic ones of 8 bits: asymmetric integers, or symmetric
@@ -28,11 +30,12 @@ def layer(choice: LayerChoice, node: Node) -> Form:
             return Form(None, "fp", ["convolution of one input channel: a range would hold one weight"])
         return Form(weight_only(bits, None, symmetric), f"int{bits}, a16", lost)
     if act == "f8" and scheme.kind == "fp8":
-        return _float8(scheme)
+        one = [] if scheme.per_channel else ["one scale of the input for all tokens, as its weight has"]
+        return Form(float8(scheme), f"{str(scheme).removesuffix('h')}, f8", one, True)
     lost += uneven_groups(scheme, row)
     where = "" if group is None else f" in groups of {group}"
     if act == "i8" and symmetric and bits == 8 and group is None:
-        return Form(_INT8, "int8, i8", [*lost, "scales of inputs are the largest value / 127.5, not / 127"])
+        return Form(INT8, "int8, i8", [*lost, SCALES])
     if act == 16:
         return Form(weight_only(bits, group, symmetric), f"int{bits}{where}, a16", lost)
     if act == "i8":
@@ -56,16 +59,14 @@ def layer(choice: LayerChoice, node: Node) -> Form:
     )
 
 
-def _float8(scheme: Scheme) -> Form:
+def float8(scheme: Scheme) -> dict[str, Any]:
     """Both factors in float8, weights with a scale for each output or, as activations then too, one."""
-    lost = [] if scheme.per_channel else ["one scale of the input for all tokens: its weight has one scale"]
     data = {
         "activation_dtype": _enum("torch.dtype", "float8_e4m3fn"),
         "weight_dtype": _enum("torch.dtype", "float8_e4m3fn"),
         "granularity": [_ROW if scheme.per_channel else _TENSOR] * 2,
     }
-    form = {"_type": "Float8DynamicActivationFloat8WeightConfig", "_version": 2, "_data": data}
-    return Form(form, f"{str(scheme).removesuffix('h')}, f8", lost, True)
+    return {"_type": "Float8DynamicActivationFloat8WeightConfig", "_version": 2, "_data": data}
 
 
 def weight_only(bits: int, group: int | None, symmetric: bool = False) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def granularity(group: int | None) -> dict[str, Any]:
 
 _ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
 _TENSOR: dict[str, Any] = {"_type": "PerTensor", "_version": 1, "_data": {}}
-_INT8 = {
+INT8 = {
     "_type": "Int8DynamicActivationInt8WeightConfig",
     "_version": 2,
     "_data": {"act_mapping_type": _enum("MappingType", "SYMMETRIC"), "granularity": _ROW},
