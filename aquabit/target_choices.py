@@ -30,9 +30,9 @@ def held(
     if all(set(row) == {FP} for name, row in found.items() if name not in excluded):
         schemes = dict.fromkeys(s for row in choices.values() for s in row if s != FP)
         why = goal.on(nodes, model, schemes).dense
-        if not why:
-            pairs = [goal.beside(s, a) for a in activations for s in schemes]
-            why = {"": next(reason for reason in pairs if reason is not None)}
+        if any(name not in why and name not in excluded for name in choices):
+            apart = (goal.beside(s, a) for a in activations for s in schemes)
+            why = {"": next(reason for reason in apart if reason is not None)}
         raise AquabitError(
             f"no layer can hold for {goal.name} any of {', '.join(map(str, schemes))}"
             f" ({next(iter(why.values()), 'all are excluded')}); its own schemes are"

@@ -679,7 +679,7 @@ def export_files(
 
     def check(network: nn.Module, graph: LayerGraph) -> None:
         check_one_network(config, graph, to)
-        check_activations(config, TARGETS[to])
+        check_activations(config, TARGETS[to].beside)
         WRITERS[to].check(Exported(network, config, graph))
 
     found = coded(pipe, config, check=check, bank=bank, device=device, progress=progress)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from aquabit.graph import LayerGraph, layers
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.scheme import AquabitError, QuantConfig, act_parts, act_text
-from aquabit.targets import Target
+from aquabit.scheme import AquabitError, QuantConfig, Rounding, Scheme, act_parts, act_text
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,13 @@ def check_one_network(config: QuantConfig, graph: LayerGraph, to: str) -> None:
         )
 
 
-def check_activations(config: QuantConfig, target: Target) -> None:
+def check_activations(config: QuantConfig, beside: Callable[[Scheme, Rounding], str | None]) -> None:
     """Raise AquabitError for a layer whose inputs are rounded as only some programs do, "i8" or "f8", where
-    the one that is to read its weights does not; of bits files say what is lost."""
+    the one that is to read its weights does not: ``beside`` says why (``targets.Target.beside``). Of bits
+    files say what is lost."""
     for name, choice in config.layers.items():
         for act in act_parts(choice.act):
-            why = None if isinstance(act, int) else target.beside(choice.weight, act)
+            why = None if isinstance(act, int) else beside(choice.weight, act)
             if why is None and not isinstance(act, int) and isinstance(choice.act, tuple):
                 why = "no program changes how inputs are rounded while sampling"
             if why is not None:
