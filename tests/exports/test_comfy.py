@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from aquabit.exports.comfy import METADATA, check, is_ours, tiled, write
 from aquabit.exports.comfy_reader import read
+from aquabit.exports.exported import check_activations
 from aquabit.exports.readers import read_others
 from aquabit.graph import layers, trace
+from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
-from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
+from aquabit.targets import TARGETS
 from tests.exports.networks import flux, sdxl
 from tests.exports.small_models import Case, Exported, case, refused, small_dit, small_unet
 
@@ -91,7 +94,7 @@ def test_what_it_decodes_is_our_weight(made: Case, tmp_path: Path) -> None:
     assert all(torch.equal(file[k].float(), t.float()) for k, t in dense.items())
 
 
-def uniform(net: Any, chosen: Callable[[str, tuple[int, ...]], str], act: int = 16) -> Exported:
+def uniform(net: Any, chosen: Callable[[str, tuple[int, ...]], str], act: Rounding = 16) -> Exported:
     """Linear layers by ``chosen``, whatever it names that is not ``fp``."""
     graph = trace(net)
     found = {
@@ -101,6 +104,29 @@ def uniform(net: Any, chosen: Callable[[str, tuple[int, ...]], str], act: int = 
     state = net.state_dict()
     weights = {n: quantize_weight(state[f"{n}.weight"], c.weight) for n, c in choices.items()}
     return Exported(net, QuantConfig(fingerprint(net), choices), graph, weights)
+
+
+def test_inputs_at_i8_are_rounded_as_comfyui_rounds_them(tmp_path: Path) -> None:
+    pytest.importorskip("comfy_kitchen.tensor", reason=LIBRARY)
+    from comfy_kitchen.backends.eager.quantization import quantize_int8_rowwise
+
+    exported = uniform(small_dit(), lambda name, shape: "int8", "i8")
+    check_activations(exported.config, TARGETS["comfy"].beside)
+    said = write(exported, tmp_path / "model.safetensors")
+    rows = header(tmp_path / "model.safetensors")["layers"].values()
+    assert not any("full_precision_matrix_mult" in row for row in rows)
+    assert not any("quantized here" in text for text in said)
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) * 3
+    codes, scales = quantize_int8_rowwise(x)
+    # it divides by the scale, ours are multiplied by its inverse: a tie may go to the other side
+    apart = (codes * scales - fake_quantize(x, "i8")).abs()
+    assert (apart > 1e-6).float().mean() < 1e-3 and (apart <= scales * 1.001).all()
+    wrong = QuantConfig("f", {"a": LayerChoice(Scheme.parse("fp8"), "i8")})
+    with pytest.raises(AquabitError, match="layer 'a' cannot be fp8 at i8: ComfyUI multiplies inputs"):
+        check_activations(wrong, TARGETS["comfy"].beside)
+    wrong = QuantConfig("f", {"a": LayerChoice(Scheme.parse("fp8"), "f8")})
+    with pytest.raises(AquabitError, match="layer 'a' cannot be fp8 at f8: comfy has no f8; leave its"):
+        check_activations(wrong, TARGETS["comfy"].beside)
 
 
 def eights(block: bool) -> Callable[[str, tuple[int, ...]], str]:
