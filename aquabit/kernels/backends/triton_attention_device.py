@@ -10,7 +10,7 @@ of that grid, which multiply the values as whole numbers of at most 255, exact i
 import triton
 import triton.language as tl
 
-from aquabit.kernels.backends.triton_device import _INTERPRETED, INTERPRETED, _narrow
+from aquabit.kernels.backends.triton_device import _INTERPRETED, _narrow, tuned
 from aquabit.kernels.backends.triton_int8_device import TINY, nearest
 
 
@@ -151,6 +151,4 @@ _CONFIGS = [
         (128, 128, 8, 2),
     )
 ]
-tuned_attention = (
-    attention if INTERPRETED else triton.autotune(_CONFIGS, ["queries", "keys", "D", "E", "MASK"])(attention)
-)
+tuned_attention = tuned(attention, _CONFIGS, ["queries", "keys", "D", "E", "MASK"])

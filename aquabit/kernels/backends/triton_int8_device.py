@@ -9,14 +9,7 @@ Weights are unpacked as ``triton_device`` reads them, and stay integers: w[n, k]
 import triton
 import triton.language as tl
 
-from aquabit.kernels.backends.triton_device import (
-    INTERPRETED,
-    _factor,
-    _lookup,
-    _narrow,
-    _row_factor,
-    _unfused,
-)
+from aquabit.kernels.backends.triton_device import _factor, _lookup, _narrow, _row_factor, _unfused, tuned
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 
@@ -190,8 +183,4 @@ _CONFIGS = [
     )
 ]
 _KEY = ["tuned_tokens", "out", "row", "BITS", "SCALE_SIZE", "CENTRE_SIZE", "HAS_CENTRE"]
-tuned_int8_matmul = (
-    int8_matmul
-    if INTERPRETED
-    else triton.autotune(_CONFIGS, _KEY, prune_configs_by={"early_config_prune": _suited})(int8_matmul)
-)
+tuned_int8_matmul = tuned(int8_matmul, _CONFIGS, _KEY, _suited)

@@ -100,7 +100,7 @@ def test_tokens_that_are_far_from_zero_constant_or_long() -> None:
 @pytest.mark.parametrize("act", [8, 3])
 def test_integers_of_tokens_are_those_of_the_grid(act: int) -> None:
     x = noise(4, 1030)
-    x[1] = torch.arange(1030.0) / 2  # with halves between grid points
+    x[1] = torch.arange(1030.0) % (2 * (1 << act) - 1) / 2  # 0 to 2^act - 1: half of them between points
     q, step, shift, total = (t.cpu() for t in _quantized(x.to(DEVICE), act))
     assert int(q.min()) == -(1 << (act - 1)) and int(q.max()) == (1 << (act - 1)) - 1
     found = step.double()[:, None] * (q.double() + shift.double()[:, None])
