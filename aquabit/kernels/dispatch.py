@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,12 +21,13 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import Geometry, Pair, padded, pair
 from aquabit.kernels.registry import numbered, weight_at
-from aquabit.kernels.request import Accuracy, Format, Request, bucket, format_of
+from aquabit.kernels.request import MOST_ROWS, Accuracy, Format, Request, bucket, format_of
 from aquabit.kernels.timings import Table, Timings
 from aquabit.scheme import AquabitError, Rounding, act_code, act_text, rounding_of
 
 REMEMBERED = 4096  # requests: of every layer of a large model, at some sizes
 FEW = 4  # tokens up to which the weight, not the arithmetic, takes the time
+TRITON_FEW = 8  # the same on a GPU (triton_kernels.FEW_TOKENS)
 _DTYPES = {
     d: str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -44,13 +46,20 @@ def serving(request: Request) -> dict[str, str | None]:
 def static_order(request: Request) -> tuple[str, ...]:
     """The order in which backends are tried where nothing was measured.
 
-    A dense copy where one is kept; on a GPU, Triton; scalar codes with activations of at most 8 bits on the
-    integer dot products of ``decode`` (unless there are only a few tokens), all else on tables before decoded
-    tiles; the reference last.
+    A dense copy where one is kept: on a GPU it is the fastest at every size that was timed
+    (benchmarks/results/triton.md), and ``memory=auto`` keeps those that pay most. Then, on a GPU, Triton: as
+    integers where codes and activations are, unless there are only a few tokens (TRITON_FEW); but codewords
+    of vectors for MOST_ROWS tokens or pixels by decoding the weight first, as was faster there. On a CPU
+    scalar codes with activations of at most 8 bits on the integer dot products of ``decode`` (unless there
+    are only a few tokens), all else on tables before decoded tiles; the reference last.
     """
     integers = request.format.scalar and request.integers and (request.rows > FEW or request.kind == "conv2d")
     native = ("decode", "lut") if integers else ("lut", "decode")
-    return ("dense", "triton", *native, "reference")
+    triton = ("triton", "triton_int8") if request.rows <= TRITON_FEW else ("triton_int8", "triton")
+    many = request.rows >= bucket(MOST_ROWS, prod(request.size) if request.kind == "conv2d" else 1)
+    if request.device == "cuda" and not request.format.scalar and many:
+        return ("dense", "reference", *triton, *native)
+    return ("dense", *triton, *native, "reference")
 
 
 def select(request: Request, timings: Table, backend: str | None = None) -> str:

@@ -146,7 +146,7 @@ def test_a_backend_that_cannot_serve_says_why_and_which_can(log) -> None:
     with pytest.raises(AquabitError, match=r"'dense' cannot run .*no dense copy"):
         select(request(AQ), {}, "dense")
     with pytest.raises(
-        AquabitError, match=r"'magic' is unknown; known: dense, triton, lut, decode, reference"
+        AquabitError, match=r"'magic' is unknown; known: dense, triton, triton_int8, lut, decode, reference"
     ):
         select(request(AQ), {}, "magic")
     weight = random_weight(WIDE)
