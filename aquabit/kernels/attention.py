@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aquabit.errors import AquabitError
+from aquabit.kernels.backends.triton_attention import triton_attention, triton_attention_refuses
 from aquabit.kernels.extension import native as _native
 from aquabit.kernels.fake_quant import straight_through
 
@@ -50,13 +51,15 @@ def rounded_attention(
     Leading dimensions are broadcast, ``mask`` too: [..., n, m], bool (True: the key is seen) or added to the
     scores. A query that sees no key is NaN. ``scale`` is 1 / sqrt(d) where it is not given. Where a gradient
     is asked for the rounding alone is passed over (``straight_through``). On CPU the fused kernel serves
-    float32, bfloat16 and float16 without gradients, else the reference. ``level`` forces an instruction set
-    of ``attention_levels``. Raises AquabitError for shapes and types that do not fit and for an unknown
-    level.
+    float32, bfloat16 and float16 without gradients, on CUDA the one in Triton, else the reference. ``level``
+    forces an instruction set of ``attention_levels``. Raises AquabitError for shapes and types that do not
+    fit and for an unknown level.
     """
     _check(q, k, v, mask)
     factor = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     if not _served(q, k, v, mask):
+        if q.device.type == "cuda" and triton_attention_refuses(q, k, v, mask) is None:
+            return triton_attention(q, k, v, mask, factor)
         if level is not None:
             raise AquabitError(f"{level=} is of the native kernel, which does not serve here")
         return rounded_attention_reference(q, k, v, mask, factor)
