@@ -49,9 +49,13 @@ INLINE void store_ints(void* x, Ints v) { *reinterpret_cast<UnalignedInts*>(x) =
 // The first ``left`` values, and zeros.
 INLINE Floats load_some(const float* x, int64_t left) {
     if (left >= kLanes) return load(x);
+#if AQUABIT_LEVEL == 4
+    return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), x);
+#else
     Floats some = {};
     for (int64_t i = 0; i < left; ++i) some[i] = x[i];
     return some;
+#endif
 }
 
 // Bytes as dwords.
@@ -227,6 +231,16 @@ INLINE float total_of(Floats x) {
     float total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
     return total;
+#endif
+}
+
+INLINE int32_t total_of(Ints x) {
+#if AQUABIT_LEVEL == 4
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    uint32_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += static_cast<uint32_t>(x[lane]);
+    return static_cast<int32_t>(total);
 #endif
 }
 
