@@ -24,7 +24,7 @@ SHAPES = 64  # of inputs that a layer's calls are kept for
 _keys = torch._C._dispatch_keys
 _modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _gradients, _threads = torch.is_grad_enabled, torch.get_num_threads
-_CPU = torch.device("cpu")
+_CPU, _LAST = torch.device("cpu"), torch.channels_last
 
 
 def _kinds() -> frozenset[int]:
@@ -40,12 +40,11 @@ _PLAIN = _kinds()
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is values in a row on the CPU, and nobody misses the operators that a kernel reading them
+    """Whether x is values in memory of the CPU, and nobody misses the operators that a kernel reading them
     passes over: no subclass, no functorch level, no gradient, no tracing, no mode."""
     return (
         type(x) is Tensor
         and _keys(x).raw_repr() in _PLAIN
-        and x.is_contiguous()
         and not (x.requires_grad and _gradients())
         and not _modes()
         and _tracing() is None
@@ -60,6 +59,7 @@ class _Call(NamedTuple):
     shape: tuple[int, ...]
     before: Callable[[int, int], object] | None
     after: Callable[[int], object] | None
+    follows: bool  # whether it lies as the input does, channels last
 
 
 class Direct:
@@ -86,7 +86,11 @@ class Direct:
         call, bias = self._call_for(x), self.bias
         if call is None:
             return None
-        run, shape, before, after = call
+        run, shape, before, after, follows = call
+        last = False
+        if not x.is_contiguous():
+            last = follows and x.is_contiguous(memory_format=_LAST)
+            x = x.contiguous()
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         y, read = x.new_empty(shape), x
@@ -97,7 +101,7 @@ class Direct:
             return None
         if after is not None:
             after(y.data_ptr())
-        return y
+        return y.contiguous(memory_format=_LAST) if last else y
 
     def _call_for(self, x: Tensor) -> _Call | None:
         choices, addresses = choices_so_far(), self.weight.addresses
@@ -134,7 +138,7 @@ class Direct:
             after = lambda y: inside(y, y)  # noqa: E731
         if not wide and (before or after):  # values would be rounded to 16 bits between the steps
             return None
-        return _Call(raw.run, shape, before, after)
+        return _Call(raw.run, shape, before, after, raw.follows)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the extension can be given addresses: of what it would read without looking."""

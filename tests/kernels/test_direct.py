@@ -69,6 +69,8 @@ def test_linear_is_the_whole_way_to_the_bit(
             assert y is not None or dtype == torch.bfloat16, "values rounded to 16 bits between steps"
             assert y is not None or not scheme.startswith("usq4") or act == 12
             assert y is None or (y.dtype == dtype and torch.equal(y, expected))
+            turned = x.mT.contiguous().mT if x.ndim > 1 else x.repeat_interleave(2)[::2]
+            assert y is None or torch.equal(call(turned), expected)
 
 
 @pytest.mark.parametrize("act", [8, 16])
@@ -82,7 +84,12 @@ def test_convolution_is_the_whole_way_to_the_bit(scheme: str, act: int, prepared
             x = inputs(*size)
             whole = codebook_conv2d(x, weight, bias, (2, 1), (1, 0), act=act, split=split)
             assert torch.equal(call(x), whole)
-            assert call(x.to(memory_format=torch.channels_last)) is None
+            for turned in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
+                y, whole = (
+                    call(turned),
+                    codebook_conv2d(turned, weight, bias, (2, 1), (1, 0), act=act, split=split),
+                )
+                assert torch.equal(y, whole) and y.stride() == whole.stride()
             assert call(x.bfloat16()) is None
 
 
@@ -106,11 +113,16 @@ class Mode(TorchDispatchMode):
 
 def test_only_plain_tensors_are_plain() -> None:
     x = inputs(3, 4)
-    assert is_plain(x) and is_plain(x.bfloat16()) and is_plain(x[1:]) and is_plain(x.detach())
+    assert (
+        is_plain(x)
+        and is_plain(x.bfloat16())
+        and is_plain(x[1:])
+        and is_plain(x.t())
+        and is_plain(x.detach())
+    )
     with torch.inference_mode():
         assert is_plain(x) and is_plain(inputs(3, 4))
     other = {
-        "transposed": x.t(),
         "meta": x.to("meta"),
         "subclass": x.as_subclass(Sub),
         "parameter": torch.nn.Parameter(x),

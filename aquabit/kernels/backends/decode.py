@@ -257,7 +257,7 @@ def decode_conv2d_raw(
     def run(x: int, y: int, bias: int) -> bool:
         return _good(conv2d(x, y, bias, sizes, numbers, parted, bits, threads, 0))
 
-    return Raw(run, fused)
+    return Raw(run, fused, follows=True)
 
 
 # ---- The ops
