@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -146,6 +146,13 @@ def using(table: Table) -> Iterator[None]:
         yield
     finally:
         _choices.reset(token)
+
+
+def context_of(table: Table) -> Context:
+    """A context in which kernels are chosen by ``table``, for calls that come again and again."""
+    context = copy_context()
+    context.run(_choices.set, _Choices(lambda _: table))
+    return context
 
 
 @contextmanager
