@@ -58,6 +58,28 @@ INLINE Floats load_some(const float* x, int64_t left) {
 #endif
 }
 
+INLINE Bytes load_some(const uint8_t* x, int64_t left) {
+    if (left >= kBytes) return load(x);
+#if AQUABIT_LEVEL == 4
+    return (Bytes)_mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, x);
+#else
+    uint8_t some[kBytes] = {};
+    for (int64_t i = 0; i < left; ++i) some[i] = x[i];
+    return load(some);
+#endif
+}
+
+// The first ``left`` values (below kBytes) to memory.
+INLINE void store_some(int8_t* to, Bytes v, int64_t left) {
+#if AQUABIT_LEVEL == 4
+    _mm512_mask_storeu_epi8(to, (uint64_t(1) << left) - 1, (__m512i)v);
+#else
+    int8_t some[kBytes];
+    store(some, v);
+    for (int64_t i = 0; i < left; ++i) to[i] = some[i];
+#endif
+}
+
 // Bytes as dwords.
 INLINE Words load_widened(const uint8_t* x) {
 #if AQUABIT_LEVEL == 4

@@ -111,17 +111,6 @@ static void lay_floats(const Weight& w, const float* token, int64_t t, const Str
 
 // ---- Products of a row
 
-INLINE Bytes load_bytes(const uint8_t* from, int64_t count) {
-    if (count >= kBytes) return load(from);
-#if AQUABIT_LEVEL == 4
-    return (Bytes)_mm512_maskz_loadu_epi8((uint64_t(1) << count) - 1, from);
-#else
-    uint8_t some[kBytes] = {};
-    for (int64_t i = 0; i < count; ++i) some[i] = from[i];
-    return load(some);
-#endif
-}
-
 INLINE Ints load_some_widened(const uint8_t* from, int64_t count) {
     if (count >= kLanes) return (Ints)load_widened(from);
 #if AQUABIT_LEVEL == 4
@@ -166,7 +155,7 @@ INLINE void dot_row(const Weight& w, int64_t row, const Strips& x, float* y, int
     Ints products[kTokens] = {}, all = {};
     Floats results[kTokens] = {};
     for (int64_t i = 0; i < x.count; ++i) {
-        const Bytes packed = load_bytes(codes + x.strips[i].from, x.strips[i].bytes);
+        const Bytes packed = load_some(codes + x.strips[i].from, x.strips[i].bytes);
         const int8_t* inputs = x.bytes + i * kFused * kTokens * kBytes;
         Bytes sums = {};
         if (!kWhole) {

@@ -54,6 +54,7 @@ struct Plan {
     const Run* runs;
     const Range* ranges;
     int64_t run_count, range_count, slot_bytes;
+    bool straight;  // 8 bits of a row lie in its slot as they are decoded
 };
 
 // Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q - zero + rest) * scale. A zero point that is
