@@ -13,7 +13,8 @@ Three ways, by what is asked:
 - *tiles*: "exact", and weights that cannot be arranged: tiles of rows in the activations' dtype for the dense
   library.
 
-At most FEW tokens are multiplied row by row, by the bytes or in float32. Decoded weights take at most 1/16 of
+At most FEW tokens, twice as many where codes are of single weights, are multiplied row by row, by the bytes or
+in float32. Decoded weights take at most 1/16 of
 the dense weight in bfloat16 in all threads together (tiles: in the activations' dtype), or 16 KiB a thread
 where that is more; but a thread needs a row and a block of rows (6, or 4 below AVX-512; tiles 8). The
 activations' integers take 1 or 2 bytes each.
@@ -185,6 +186,7 @@ class _Prepared:
     native: Any
     shape: tuple[int, ...]
     scalar: bool  # uniform codes: they are integers as they stand
+    single: bool  # codes of single weights, which tokens meet as they lie
     addresses: tuple[int, ...]  # of the weight's tensors then
 
     def tensors(self) -> list[Tensor]:
@@ -206,7 +208,9 @@ def _prepared(weight: Arranged) -> _Prepared:
     """What the extension has of a weight, made once."""
     found, addresses = weight.derived.get("decode"), weight.addresses
     if found is None or found.addresses != addresses:
-        found = _Prepared(_native.DecodeWeight(weight), weight.shape, weight.tables is None, addresses)
+        found = _Prepared(
+            _native.DecodeWeight(weight), weight.shape, weight.tables is None, weight.scalar, addresses
+        )
         weight.derived["decode"] = found
     assert isinstance(found, _Prepared)
     return found
@@ -214,7 +218,7 @@ def _prepared(weight: Arranged) -> _Prepared:
 
 def _ways(own: _Prepared, tokens: int, act: int, exact: bool) -> tuple[bool, bool]:
     """Whether tokens are multiplied row by row, and whether the kernel quantizes them."""
-    few = tokens <= FEW and own.shape[1] <= LONGEST
+    few = tokens <= (2 * FEW if own.single else FEW) and own.shape[1] <= LONGEST
     return few, act <= 8 and (own.scalar or not (few or exact))
 
 

@@ -64,7 +64,7 @@ class DecodeWeight {
     Outcome linear(uintptr_t x, uintptr_t y, uintptr_t bias, int64_t tokens, int64_t bits, bool few, int64_t threads, int64_t level,
                    bool narrow) const {
         if (shape_.size() != 2) throw std::invalid_argument("a weight " + text_of(shape_) + " is no matrix");
-        if (few && tokens > kDotRows) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
+        if (few && tokens > kFew) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
         Weight w = with(narrow ? 0 : bias);
         const Method method = method_of(w, level, bits, threads);
         const Buffer<float> wide(narrow && bias ? w.out : 0);

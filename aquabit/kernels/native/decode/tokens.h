@@ -118,7 +118,10 @@ Outcome few_products(const Method& m, const Weight& w, const float* x, float* y,
 Outcome few_tokens(const Method& m, const Weight& w, const Rows& inputs, const Rows& results, int64_t tokens) {
     const Buffer<float> wide(inputs.narrow ? tokens * w.cin : 0), room(results.narrow ? tokens * w.out : 0);
     float* y = results.narrow ? room.get() : static_cast<float*>(results.values);
-    const Outcome done = few_products(m, w, inputs.read(*m.level, 0, tokens, wide.get()), y, tokens);
+    const float* x = inputs.read(*m.level, 0, tokens, wide.get());
+    Outcome done = {1, 0, 0, 0};
+    for (int64_t t = 0; t < tokens && std::get<0>(done); t += kDotRows)
+        done = few_products(m, w, x + t * w.cin, y + t * w.out, std::min(kDotRows, tokens - t));
     if (results.narrow) m.level->narrow(y, tokens * w.out, static_cast<uint16_t*>(results.values));
     return done;
 }

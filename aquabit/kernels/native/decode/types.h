@@ -8,7 +8,8 @@
 constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
 constexpr int64_t kSmallTile = 16384;  // bytes of decoded weights that a thread may hold of any layer: half of a first-level cache
-constexpr int64_t kDotRows = 4;        // at most so many tokens are multiplied row by row
+constexpr int64_t kDotRows = 4;        // so many tokens are multiplied row by row at once
+constexpr int64_t kFew = 8;            // at most so many in all
 constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits
 constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16383 / 128 leaves the mean weight 10 bits
 constexpr double kMostLost = 4e-4;     // relative error of activations that are rounded to them
