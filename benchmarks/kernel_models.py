@@ -53,11 +53,14 @@ def bundled(name: str) -> dict[str, Any]:
 
 
 CASES = {  # name: config, samples in a call (guidance takes two), threads, seconds, schemes
-    "DiT-XL/2, one block": (DIT | {"num_layers": 1}, 2, (1, 2), 5.0, SCHEMES),
-    "DiT-XL/2, 28 blocks": (DIT, 2, (2,), 30.0, SCHEMES[:2]),
-    "U-Net of LDM-4's shapes": (LDM4, 2, (2,), 40.0, SCHEMES[:2]),
+    "DiT-XL/2, one block": (DIT | {"num_layers": 1}, (2,), (1, 2), 5.0, SCHEMES),
+    "DiT-XL/2, 28 blocks": (DIT, (2,), (2,), 30.0, SCHEMES[:2]),
+    "U-Net of LDM-4's shapes": (LDM4, (2,), (2,), 40.0, SCHEMES[:2]),
 }
-BUNDLED_CASES = {n: (bundled(n), 16, (1,), 8.0, SMALL) for n in ("fashion-unet", "fashion-dit")}
+BUNDLED_CASES = {
+    n: (bundled(n), (1, 16), (1, 2), 4.0, SMALL)
+    for n in ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit")
+}
 ROUNDS = (3, 30)
 DENSE = "dense float32"
 
@@ -69,11 +72,11 @@ def models(
 ) -> list[dict[str, Any]]:
     """Every case whose name holds ``only``; ``quick``: only the first, on most threads."""
     rows: list[dict[str, Any]] = []
-    for name, (config, batch, counts, seconds, schemes) in list(cases.items())[: 1 if quick else None]:
+    for name, (config, batches, counts, seconds, schemes) in list(cases.items())[: 1 if quick else None]:
         if only not in name:
             continue
         variants = built(config, schemes, progress)
-        for count in counts[-1:] if quick else counts:
+        for batch, count in [(b, c) for b in batches for c in (counts[-1:] if quick else counts)]:
             with threads(count):
                 rows += timed(
                     variants,

@@ -131,11 +131,10 @@ def figures(found: dict[str, Any]) -> Rows:
             cases = cases if how == "packed" else [[r] for r in ours]  # auto: every format
             rows.append(figure(f"{model} over float32, memory={how}", target, cases, "over_float32"))
     small_models = found.get("bundled", {}).get("rows", [])
-    for model in dict.fromkeys(r["model"] for r in small_models):
-        cases = [
-            [r] for r in small_models if r["model"] == model and r["variant"].endswith(" a8 packed")
-        ]  # every format, everything rounded
-        rows.append(figure(f"{model} over float32, memory=packed", 1.0, cases, "over_float32"))
+    for (model, batch), mine in _cases(small_models, ("model", "batch")).items():
+        cases = [[r] for r in mine if r["variant"].endswith(" a8 packed")]  # every format, all rounded
+        claim = f"{model}, {count(batch, 'sample')} over float32, memory=packed"
+        rows.append(figure(claim, 1.0 if batch == 1 else 1.3, cases, "over_float32"))
     return [r for r in rows if r is not None]
 
 
@@ -298,7 +297,7 @@ def models_section(rows: Rows) -> str:
                 [
                     r["variant"],
                     "" if r["bits"] is None else f"{r['bits']:.2f}",
-                    f"{r['ms']:.0f}",
+                    f"{r['ms']:.{0 if r['ms'] >= 100 else 2}f}",
                     spread(r["over_float32"]),
                     spread(r["over_bfloat16"]),
                     f"{r['resident'] / 1e6:.1f} ({100 * r['resident'] / r['dense_float32']:.1f} %)",
