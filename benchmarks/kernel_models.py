@@ -201,7 +201,7 @@ def own(weight: Weight) -> Weight:
     return replace(weight, packed=weight.packed.clone())
 
 
-def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
+def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype, device: str = "cpu") -> Call:
     """One call with ``batch`` samples of random inputs, the same for every denoiser of a class."""
     rng = torch.Generator().manual_seed(0)
 
@@ -212,9 +212,9 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
             return value
         shape = (batch, *value.shape[1:]) if value.ndim else ()
         return (
-            torch.randn(shape, generator=rng).to(dtype)
+            torch.randn(shape, generator=rng).to(device, dtype)
             if value.is_floating_point()
-            else torch.zeros(shape, dtype=value.dtype)
+            else torch.zeros(shape, dtype=value.dtype, device=device)
         )
 
     inputs = real(example_inputs(denoiser))

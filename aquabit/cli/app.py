@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aquabit.budget import BITS
+from aquabit.budget import BITS, OTHERS
 from aquabit.cli import findings, groups, options, tables
 from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
 from aquabit.files import write_bytes, write_text
@@ -57,6 +57,7 @@ def run(
     samples: options.Samples = 120,
     flips: Annotated[int, typer.Option("--flips", min=0, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
+    front: options.Front = OTHERS,
     within: options.Within = None,
     fits: options.Fits = None,
     plan: options.PlanOnly = False,
@@ -74,7 +75,7 @@ def run(
     named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps", "fits": "fits"}
     kept = tuple(name for name, option in named.items() if groups.given(context, option))
     seconds = None if within is None else parse_time(within)
-    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept, fits)
+    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept, fits, front)
     sample = SampleOptions(samples, measuring.seed)
     asked, where = measuring.options(context), machine.where(measuring.dtype)
     if plan:
@@ -83,16 +84,16 @@ def run(
     if mlflow is not None:
         mlflow_run.client(mlflow)  # said before anything is measured
     with bars() as progress:
-        front = workflows.run_flow(
+        found = workflows.run_flow(
             model, out, flow, sample, asked, where, progress, told=partial(tell, json_)
         )
     if mlflow is not None:
         mlflow_run.log_run(Study(out / "study.db"), out / "report", mlflow)
-    if not emit(front.to_list(), json_):
+    if not emit(found.to_list(), json_):
         study = Study(out / "study.db")
         if "sensitivity" in study:
             findings.show_sensitivity(study.get("sensitivity"), 10)
-        findings.show_front(front)
+        findings.show_front(found)
         findings.show_notes(study)
         pictures = f"images: {out / 'samples.png'}   " if (out / "samples.png").exists() else ""
         console.print(f"report: {out / 'report' / 'index.html'}   {pictures}packed model: {out / 'packed'}")
@@ -114,7 +115,7 @@ def _plan_run(
 
     study = Study(out / "study.db") if (out / "study.db").exists() else None
     with bars() as progress:
-        planner = Planner(model, study, asked, where, progress)
+        planner = Planner(model, study, asked, where, progress, flow.front)
     planner.check(flow.bits, flow.swap)
     if flow.within is not None:
         fitted = settled_within(lambda: planner, study, flow, sample, asked)
@@ -561,8 +562,8 @@ def bench(
     formats: options.Formats = None,
     shapes: options.Shapes = None,
     act: Annotated[
-        int, typer.Option("--act", min=2, help="Activation bits of the coded layers; 16 is off.")
-    ] = 8,
+        str, typer.Option("--act", help="Activations of the coded layers: 8, 6, ... bits, i8, f8; 16 is off.")
+    ] = "8",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; default: torch's.")
     ] = None,
@@ -573,13 +574,14 @@ def bench(
     packed = f"beside {folder}, a packed model with formats, shapes and activations of its own"
     groups.check_idle(context, folder is not None, packed, "formats", "shapes", "act")
     groups.check_idle(context, folder is None, "without DIR, a packed model", "dtype")
+    from aquabit.activation_bits import parse_rounding
     from aquabit.quant.bench import bench_artifact, bench_formats, torch_threads
 
     with torch_threads(threads), bars() as progress:
         rows: Any = (
             bench_artifact(folder, dtype, progress)
             if folder
-            else bench_formats(formats, shapes, act, progress)
+            else bench_formats(formats, shapes, parse_rounding(act), progress)
         )
     if not emit({"rows": [r.to_dict() for r in rows]}, json_):
         tables.show_calls(rows) if folder else tables.show_timings(rows)

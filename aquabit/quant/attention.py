@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from aquabit.kernels import rounded_attention
+from aquabit.scheme import output_rounding
 
 VALUE_PROJECTIONS = ("to_v", "to_qkv", "add_v_proj")
 
@@ -55,7 +56,7 @@ def value_layers(module: nn.Module) -> list[nn.Module]:
 
 def patch_attention_(denoiser: nn.Module) -> None:
     """Run every attention module's softmax at 8 bits while one of its V projections has its activations
-    quantized."""
+    quantized to bits."""
     for module in list(denoiser.modules()):
         if value_layers(module):
             module.forward = _Attention(module)
@@ -74,7 +75,7 @@ class _Attention:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.module).forward
-        if all(getattr(v, "act", 16) >= 16 for v in value_layers(self.module)):
+        if all(output_rounding(getattr(v, "act", 16)) == 16 for v in value_layers(self.module)):
             return forward(self.module, *args, **kwargs)
         with _QuantizedSoftmax():
             return forward(self.module, *args, **kwargs)

@@ -31,6 +31,7 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, QuantConfig, StepGroups
 from aquabit.search.front import Front
+from aquabit.search.search_options import SearchOptions
 from aquabit.sensitivity.plan import PARTS
 from aquabit.sensitivity.result import Sensitivity
 from aquabit.space import make_space
@@ -152,7 +153,7 @@ MEASURING = {
     "--seed": Row("--seed 5", "pictures"),
     "--dtype": Row("--dtype bfloat16", "numbers"),
     "--space": Row("--space other.json", "space"),
-    "--target": Row("--target sdnq", "", refused="activations of 8 bits are none of sdnq's"),
+    "--target": Row("--target sdnq", "", refused="a8 is none of sdnq's activations"),
     "--objective": Row("--objective psnr", "objective"),
     "--reference": Row("--reference photos", "numbers"),
     "--features": Row("--features lpips=nowhere", "", refused="nowhere"),
@@ -199,6 +200,7 @@ ROWS: dict[str, dict[str, Row]] = {
             "--swap": Row("--swap usq8:usq4", ""),
             "--within": Row("--within 2h", ""),
             "--fits": Row("--fits wanted", ""),
+            "--front": Row("--front 0", ""),
             "--plan": Row("--plan", "", more="--bits 4"),
             "--features": Row("--features lpips=nowhere", ""),
         },
@@ -272,6 +274,7 @@ ROWS: dict[str, dict[str, Row]] = {
             "--method": Row("--method surrogate", ""),
             "--screen": Row("--screen 2", "", more="--method surrogate"),
             "--seed": Row("--seed 1", ""),
+            "--front": Row("--front 0", ""),
             "--correction": Row("--correction cnc", ""),
             "--target": Row("--target sdnq", ""),
             "--model": Row("--model pipe", ""),
@@ -330,7 +333,7 @@ ROWS: dict[str, dict[str, Row]] = {
     "bench": {
         "--formats": Row("--formats usq8", "timed"),
         "--shapes": Row("--shapes 8x8@2", "timed"),
-        "--act": Row("--act 16", "timed"),
+        "--act": Row("--act i8", "timed"),
         "--threads": Row("--threads 3", "timed"),
         "--dtype": Row("--dtype float64", "", words="packed", refused="dtype 'float64' is not timed"),
         "--json": Row("--json {here}/x.json", "files", words="--formats usq4 --shapes 4x8@2"),
@@ -591,10 +594,13 @@ def test_a_plan_counts_contexts(calls: Calls) -> None:
 def test_a_front_answers_one_budget_and_one_objective(calls: Calls) -> None:
     study = Study(calls.folder / "s.db")
     front, objective = study.get("front"), study.protocol.objective
-    budget = Budget(**front["budget"])
-    assert workflows._answers(front, budget, objective)
-    assert not workflows._answers(front, budget, "psnr")
-    assert not workflows._answers(front, Budget(bits=3.0), objective)
+    asked = SearchOptions(Budget(**front["budget"]), front=0)
+    assert workflows._answers(front, asked, objective)
+    assert not workflows._answers(front, asked, "psnr")
+    assert not workflows._answers(front, replace(asked, budget=Budget(bits=3.0)), objective)
+    for known, wanted, enough in ((2, 2, True), (2, 1, True), (2, 3, False)):
+        stored = front | {"comparison": front["comparison"] | {"front": known}}
+        assert workflows._answers(stored, replace(asked, front=wanted), objective) == enough
 
 
 def test_a_model_in_memory_is_not_offloaded() -> None:

@@ -288,6 +288,10 @@ def test_softmax_outputs_are_quantized_unless_v_is_not(tmp_path, dit, monkeypatc
     model.apply(config)
     dit.denoiser(**inputs)
     assert not rounded
+    for act in ("i8", "f8"):  # what other programs multiply so: nothing of attention
+        model.apply(space.uniform("fp", act))
+        dit.denoiser(**inputs)
+        assert not rounded and {layer.act_output for layer in model.layers.values()} == {16}
 
 
 def test_the_bank_keeps_full_precision_images(tmp_path, dit) -> None:

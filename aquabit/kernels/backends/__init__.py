@@ -14,6 +14,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends.decode import decode_conv2d, decode_linear, decode_refuses
 from aquabit.kernels.backends.lut import lut_conv2d, lut_linear, lut_refuses
 from aquabit.kernels.backends.reference import reference_conv2d, reference_linear
+from aquabit.kernels.backends.triton_int8 import int8_refuses, triton_int8_linear
 from aquabit.kernels.backends.triton_kernels import triton_conv2d, triton_linear, triton_refuses
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.request import Request, empty_like
@@ -73,6 +74,12 @@ def _triton_refuses(request: Request) -> str | None:
     )
 
 
+def _triton_int8_refuses(request: Request) -> str | None:
+    if not isinstance(request.act, int) or request.act > 8:
+        return "it rounds activations to whole numbers of at most 8 bits, which is not asked for"
+    return int8_refuses(request.format) or _triton_refuses(request)
+
+
 def _dense_refuses(request: Request) -> str | None:
     return None if request.dense else "no dense copy of the weight is kept (memory=auto keeps some)"
 
@@ -112,6 +119,16 @@ def _triton_conv2d(
 ) -> Tensor:
     g = request.geometry
     return triton_conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups, request.accuracy)
+
+
+def _triton_int8_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    return triton_int8_linear(x, weight, bias, request.act)
+
+
+def _no_conv2d(x: Tensor, _: Weight, __: Tensor | None, request: Request, ___: Tensor | None) -> Tensor:
+    raise AssertionError(f"{request.kind} is refused")
 
 
 def _reference_linear(
@@ -154,6 +171,14 @@ BACKENDS = (
         _triton_refuses,
         _triton_linear,
         _triton_conv2d,
+    ),
+    Backend(
+        "triton_int8",
+        "multiplies codes and activations as 8-bit integers on the matrix units of a GPU",
+        _triton_int8_refuses,
+        _triton_int8_linear,
+        _no_conv2d,
+        True,
     ),
     Backend(
         "lut", "adds entries of tables of all codewords' products", _lut_refuses, _lut_linear, _lut_conv2d
