@@ -245,7 +245,7 @@ def attention_section(rows: Rows) -> str:
                 f"{r['tokens']:,}",
                 f"{r['format'] or 'torch, not rounded'}, {r['kernel']}",
                 f"{r['ms']:.3f}",
-                f"{r['gmac_s']:.0f}",
+                f"{r['gmac_s']:.2g}",
                 spread(r["over_float32"]),
                 spread(r["over_bfloat16"]),
                 spread(r["over_torch_form"]),
