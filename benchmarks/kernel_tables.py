@@ -68,6 +68,13 @@ def by_case(rows: Rows, keep: Callable[[dict[str, Any]], bool], kernels: tuple[s
     return list(found.values())
 
 
+WHOLE = {  # whole denoisers and what they are to be over dense ones, all activations rounded
+    "U-Net of LDM-4's shapes": {"float32": 2.2, "bfloat16": 1.3},
+    "DiT-XL/2, 28 blocks": {"float32": 3.3, "bfloat16": 1.6},
+    "SD 1.5's U-Net at 64 x 64": {"float32": 2.0, "bfloat16": 1.2},
+}
+
+
 def figures(found: dict[str, Any]) -> Rows:
     """What the issue asks for and what was reached: of the best kernel (and format) in the worst case."""
     linear, conv, peers, models = (
@@ -121,6 +128,13 @@ def figures(found: dict[str, Any]) -> Rows:
                 "over_aqlm",
             )
         )
+    for model, targets in WHOLE.items():
+        mine = {r["variant"]: r for r in models if r["model"] == model}
+        two, four = ([mine[v]] if v in mine else [] for v in ("usq2 a8 packed", "usq4 a8 packed"))
+        for dense, target in targets.items():
+            rows.append(figure(f"{model}, everything rounded, over {dense}", target, [two], f"over_{dense}"))
+        four = [r for r in four if "over_two_bits" in r]
+        rows.append(figure(f"{model}, the same at 4 bits over 2 bits", 0.9, [four], "over_two_bits"))
     for model in dict.fromkeys(r["model"] for r in models):
         mine = [r for r in models if r["model"] == model]
         for how, target in (("packed", 2.0), ("auto", 1 / 1.05)):
