@@ -58,7 +58,7 @@ CASES = {  # name: config, samples in a call (guidance takes two), threads, seco
     "U-Net of LDM-4's shapes": (LDM4, (2,), (2,), 40.0, SCHEMES[:2]),
 }
 BUNDLED_CASES = {
-    n: (bundled(n), (1, 16), (1, 2), 4.0, SMALL)
+    n: (bundled(n), (1, 16), (1,), 4.0, SMALL)
     for n in ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit")
 }
 ROUNDS = (3, 30)

@@ -7,7 +7,7 @@ conv       3 x 3 convolutions of LDM-4's U-Net, against oneDNN in float32 (the b
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
 models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
            codes, memory packed and auto
-bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one and two threads
+bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one thread
 roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
            reached (after them)
 all        every part

@@ -13,11 +13,10 @@ Three ways, by what is asked:
 - *tiles*: "exact", and weights that cannot be arranged: tiles of rows in the activations' dtype for the dense
   library.
 
-At most FEW tokens, twice as many where codes are of single weights, are multiplied row by row, by the bytes or
-in float32. Decoded weights take at most 1/16 of
-the dense weight in bfloat16 in all threads together (tiles: in the activations' dtype), or 16 KiB a thread
-where that is more; but a thread needs a row and a block of rows (6, or 4 below AVX-512; tiles 8). The
-activations' integers take 1 or 2 bytes each.
+At most FEW tokens, twice as many where codes are of single weights, are multiplied row by row, by the bytes
+or in float32. Decoded weights take at most 1/16 of the dense weight in bfloat16 in all threads together
+(tiles: in the activations' dtype), or 16 KiB a thread where that is more; but a thread needs a row and a
+block of rows (6, or 4 below AVX-512; tiles 8). The activations' integers take 1 or 2 bytes each.
 """
 
 from __future__ import annotations
