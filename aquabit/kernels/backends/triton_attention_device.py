@@ -16,10 +16,10 @@ from aquabit.kernels.backends.triton_int8_device import TINY, nearest
 
 @triton.jit
 def _product(a, b):
-    """a [M, K] times b [K, N], float32: in their dtype on the matrix units, without them where it is
-    float32."""
+    """a [M, K] times b [K, N], float32: in their dtype on the matrix units, float32 in three products of
+    tf32, which keep 21 bits of each number."""
     if a.dtype == tl.float32:
-        product = tl.dot(a, b, input_precision="ieee")
+        product = tl.dot(a, b, input_precision="tf32x3")
     elif _INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
         product = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
@@ -141,14 +141,26 @@ def attention(
     tl.store(y_ptr + at, _narrow(y, y_ptr.dtype.element_ty), mask=q_ok[:, None] & e_ok[None, :])
 
 
+# queries and keys of a tile, warps, stages; by whether numbers are float32, and heads wider than 256 bytes:
+# larger tiles would not fit a processor, and take long to compile to find out
+_TILES = {
+    (False, False): {(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)},
+    (False, True): {(32, 32, 4, 2), (64, 64, 4, 3)},
+    (True, False): {(32, 32, 4, 2), (64, 32, 4, 3)},
+    (True, True): {(32, 16, 4, 1), (32, 32, 4, 2)},
+}
 _CONFIGS = [
     triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-    for q, k, warps, stages in (
-        (32, 32, 4, 2),
-        (64, 32, 4, 3),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-    )
+    for q, k, warps, stages in sorted(set().union(*_TILES.values()))
 ]
-tuned_attention = tuned(attention, _CONFIGS, ["queries", "keys", "D", "E", "MASK"])
+
+
+def _suited(configs, positional, **named):
+    """The tiles for a call's dtype and width."""
+    given = positional | named
+    size = given["query_ptr"].element_size()
+    own = {tile[:2] for tile in _TILES[size == 4, max(given["D"], given["E"]) * size > 256]}
+    return [c for c in configs if (c.kwargs["BLOCK_Q"], c.kwargs["BLOCK_K"]) in own]
+
+
+tuned_attention = tuned(attention, _CONFIGS, ["queries", "keys", "D", "E", "MASK"], _suited)

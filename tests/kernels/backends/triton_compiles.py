@@ -74,7 +74,7 @@ CASES: list[tuple[str, Any, str, str, dict[str, Any]]] = [
     ("tokens", triton_int8_device.quantize_tokens, "usq4", "bf16", {"LEVELS": 255, "BLOCK": 1024}),
     ("attention", triton_attention_device.attention, "usq4", "bf16", ATTENTION),
     ("attention", triton_attention_device.attention, "usq4", "fp16", ATTENTION | {"MASK": 1, "D": 128}),
-    ("attention exact", triton_attention_device.attention, "usq4", "fp32", ATTENTION | {"MASK": 2}),
+    ("attention", triton_attention_device.attention, "usq4", "fp32", ATTENTION | {"MASK": 2, "BLOCK_K": 32}),
 ]
 
 
