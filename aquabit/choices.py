@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from aquabit.scheme import CODE_SHIFT, FP, Act, AquabitError, QuantConfig, act_code, act_of
+from aquabit.scheme import (
+    CODE_SHIFT,
+    FP,
+    Act,
+    AquabitError,
+    QuantConfig,
+    Rounding,
+    act_bits,
+    act_code,
+    act_of,
+    rounding_of,
+)
 from aquabit.space import SearchSpace
 
 Variant = Sequence[tuple[int, int]]  # (layer, scheme) indices: what a row has instead
@@ -18,9 +30,8 @@ class Choices:
     """``n`` configurations of a space, one a row.
 
     ``weights`` [n, layers] are indices into ``space.schemes``. ``acts`` [n, layers] are activation choices as
-    whole numbers: their bits, or, where bits change between groups of steps, a number above all bits that
-    this module alone reads (``group_bits``, ``act_index``); equal numbers are equal choices. Raises
-    AquabitError for arrays of other shapes.
+    whole numbers (``act_code``), which are read by ``group_codes``, ``group_bits`` and ``act_index``; equal
+    numbers are equal choices. Raises AquabitError for arrays of other shapes.
     """
 
     space: SearchSpace
@@ -143,13 +154,19 @@ class Choices:
         return Choices(space, np.array([column[s] for s in self.space.schemes])[self.weights], self.acts)
 
     @property
-    def group_bits(self) -> np.ndarray:
-        """Activation bits in each group of steps, [n, layers, groups] (one group where there are none)."""
+    def group_codes(self) -> np.ndarray:
+        """Codes of the roundings in each group of steps, [n, layers, groups] (one group where there are
+        none)."""
         code = np.asarray(self.acts, np.int64)[..., None]
         if self.space.steps is None:
             return code
         parts = code >> CODE_SHIFT * np.arange(len(self.space.steps.starts)) & (1 << CODE_SHIFT) - 1
         return np.where(code < 1 << CODE_SHIFT, code, parts)
+
+    @property
+    def group_bits(self) -> np.ndarray:
+        """Activation bits in each group of steps, [n, layers, groups]."""
+        return by_rounding(act_bits)[self.group_codes]
 
     @property
     def mean_bits(self) -> np.ndarray:
@@ -164,9 +181,15 @@ class Choices:
         return np.asarray(order[np.searchsorted(codes[order], self.acts)])
 
 
-def by_group(act: Act, groups: int) -> tuple[int, ...]:
-    """An activation choice as bits in each of ``groups`` groups of steps."""
-    return (act,) * groups if isinstance(act, int) else act
+def by_group(act: Act, groups: int) -> tuple[Rounding, ...]:
+    """An activation choice as the rounding in each of ``groups`` groups of steps."""
+    return act if isinstance(act, tuple) else (act,) * groups
+
+
+@cache
+def by_rounding(value: Callable[[Rounding], float]) -> np.ndarray:
+    """A value of each rounding by its code, [32]."""
+    return np.array([value(rounding_of(code)) for code in range(1 << CODE_SHIFT)])
 
 
 def in_order(activations: Iterable[Act]) -> tuple[Act, ...]:

@@ -4,7 +4,7 @@ what is packed."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -14,10 +14,25 @@ import networkx as nx
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from aquabit.choices import Choices
+from aquabit.choices import Choices, by_rounding
 from aquabit.graph import dense_macs
 from aquabit.graph import layers as graph_layers
-from aquabit.scheme import ACTIVATION_BITS, FP, Act, AquabitError, Budget, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import (
+    CODE_SHIFT,
+    FP,
+    ROUNDINGS,
+    Act,
+    AquabitError,
+    Budget,
+    QuantConfig,
+    Rounding,
+    Scheme,
+    StepGroups,
+    act_bits,
+    act_code,
+    act_text,
+    rounding_of,
+)
 from aquabit.space import SearchSpace
 
 RANGE_BYTES = 8  # of a static range: two float32
@@ -51,28 +66,38 @@ class Latency:
     change."""
 
     layers: np.ndarray
-    activations: tuple[int, ...]
+    activations: tuple[Rounding, ...]
     rest: float
 
     def of(self, choices: Choices) -> np.ndarray:
         """Milliseconds [n, layers]; raises AquabitError for activation bits that were not measured."""
-        parts, rows = choices.group_bits, np.arange(choices.weights.shape[1])
-        column = np.full(ACTIVATION_BITS[0] + 1, -1)
-        column[list(self.activations)] = range(len(self.activations))
+        parts, rows = choices.group_codes, np.arange(choices.weights.shape[1])
+        column = np.full(1 << CODE_SHIFT, -1)
+        column[[act_code(a) for a in self.activations]] = range(len(self.activations))
         if (column[parts] < 0).any():
+            asked = {rounding_of(code) for code in np.ravel(parts).tolist()}
             raise AquabitError(
-                f"latency is known for activations of {list(self.activations)} bits only, not for all of"
-                f" {sorted(set(np.ravel(parts).tolist()))}"
+                f"latency is known for activations {_texts(self.activations)} only, not for all of"
+                f" {_texts(asked)}"
             )
         return choices.space.over_steps(self.layers[rows[:, None], choices.weights[..., None], column[parts]])
 
 
+def _texts(roundings: Iterable[Rounding]) -> str:
+    return ", ".join(act_text(a) for a in ROUNDINGS if a in set(roundings))
+
+
+def bop_bits(rounding: Rounding) -> int:
+    """Activation bits as BOPs count them (FULL_BITS for 16)."""
+    return FULL_BITS if rounding == 16 else act_bits(rounding)
+
+
 def mean_act_bits(act: Act, steps: StepGroups | None) -> float:
-    """Activation bits as BOPs count them (FULL_BITS for 16), averaged over the steps."""
-    if isinstance(act, int):
-        return float(FULL_BITS if act == 16 else act)
+    """The same, averaged over the steps."""
+    if not isinstance(act, tuple):
+        return float(bop_bits(act))
     assert steps is not None  # a configuration with groups names them
-    return sum(s * (FULL_BITS if bits == 16 else bits) for s, bits in zip(steps.shares, act, strict=True))
+    return sum(s * bop_bits(part) for s, part in zip(steps.shares, act, strict=True))
 
 
 def weight_bytes(shape: tuple[int, ...], scheme: Scheme) -> int:
@@ -143,8 +168,7 @@ class CostModel:
 
     def act_bits(self, choices: Choices) -> np.ndarray:
         """Activation bits as BOPs count them, averaged over the steps, [n, layers]."""
-        parts = choices.group_bits
-        return self.space.over_steps(np.where(parts == 16, FULL_BITS, parts))
+        return self.space.over_steps(by_rounding(bop_bits)[choices.group_codes])
 
     def totals(self, choices: Choices) -> dict[str, np.ndarray]:
         """bits, bytes and bops, each [n]; latency_ms where it was measured."""
@@ -199,15 +223,16 @@ class CostModel:
         cost = self(config)
         return {"bits": cost.bits_per_weight, "bytes": cost.bytes, "bops": cost.bops}
 
-    def limits(self, act: int | None = None) -> dict[str, tuple[float, float]]:
-        """Smallest and largest possible value of each cost, ``act`` fixing the activation bits of all
+    def limits(self, act: Rounding | None = None) -> dict[str, tuple[float, float]]:
+        """Smallest and largest possible value of each cost, ``act`` fixing the activations of all
         layers."""
         groups = self.space.groups
         allowed = self.space.allowed()[groups.first]
         acts = [act] if act else list(self.space.activations)
         low, high = self._size_limits(allowed)
         excluded = allowed[:, 0] & (allowed.sum(1) == 1)
-        per_act = [np.where(excluded, FULL_BITS, FULL_BITS if a == 16 else a) for a in (min(acts), max(acts))]
+        ends = min(map(bop_bits, acts)), max(map(bop_bits, acts))
+        per_act = [np.where(excluded, FULL_BITS, bits) for bits in ends]
         work = groups.sums(self.macs[:, None] * self.weight_bits)
         bops_low = (per_act[0] * np.where(allowed, work, np.inf).min(1)).sum()
         bops_high = (per_act[1] * np.where(allowed, work, 0).max(1)).sum()
@@ -221,10 +246,10 @@ class CostModel:
         return found
 
     def _latency_limits(
-        self, latency: Latency, acts: list[int], allowed: np.ndarray, excluded: np.ndarray
+        self, latency: Latency, acts: list[Rounding], allowed: np.ndarray, excluded: np.ndarray
     ) -> tuple[float, float]:
         kept = np.array([a in acts for a in latency.activations])
-        widths = np.where(excluded[:, None], np.array(latency.activations) == 16, kept)
+        widths = np.where(excluded[:, None], np.array([a == 16 for a in latency.activations]), kept)
         cells, times = allowed[:, :, None] & widths[:, None, :], self.space.groups.sums(latency.layers)
         low, high = (np.where(cells, times, worst) for worst in (np.inf, -np.inf))
         return float(low.min((1, 2)).sum() + latency.rest), float(high.max((1, 2)).sum() + latency.rest)
@@ -262,7 +287,7 @@ class CostModel:
             bundles = [b for b, is_near in zip(bundles, near, strict=True) if not is_near] + [[*joined, t]]
         return bundles
 
-    def check(self, budget: Budget, act: int | None = None) -> None:
+    def check(self, budget: Budget, act: Rounding | None = None) -> None:
         """Raise AquabitError, naming both ends, where a budget is below the smallest or above the largest
         possible cost."""
         for name, value in budget.limits().items():

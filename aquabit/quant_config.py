@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from aquabit.activation_bits import Act, StepGroups, plain_act
+from aquabit.activation_bits import Act, Rounding, StepGroups, act_bits, act_parts, plain_act
 from aquabit.errors import AquabitError
 from aquabit.inputs import Inputs
 from aquabit.jsonio import clear_errors, digest, read_json
@@ -24,8 +24,8 @@ METHOD = "aquabit"  # the quantization method that diffusers knows packed models
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one layer gets: a weight scheme, activation bits (16 = off; a tuple: one number per group of
-    steps), and the name of a shared codebook."""
+    """What one layer gets: a weight scheme, how activations are rounded (``ROUNDINGS``, 16 is off; a tuple:
+    in each group of steps), and the name of a shared codebook."""
 
     weight: Scheme = FP
     act: Act = 16
@@ -106,14 +106,14 @@ class QuantConfig:
     def mean_act(self, layer: str) -> float:
         """The activation bits of a layer, averaged over the steps."""
         act = self[layer].act
-        return act if isinstance(act, int) else sum(bits * self.share(layer, bits) for bits in set(act))
+        return sum(act_bits(part) * self.share(layer, part) for part in set(act_parts(act)))
 
-    def share(self, layer: str, bits: int) -> float:
-        """The share of steps in which a layer has so many activation bits."""
+    def share(self, layer: str, rounding: Rounding) -> float:
+        """The share of steps in which a layer's activations are rounded so."""
         act = self[layer].act
-        if isinstance(act, int) or self.steps is None:
-            return float(act == bits)
-        return sum(s for s, b in zip(self.steps.shares, act, strict=True) if b == bits)
+        if not isinstance(act, tuple) or self.steps is None:
+            return float(act == rounding)
+        return sum(s for s, part in zip(self.steps.shares, act, strict=True) if part == rounding)
 
     def range_parts(self, layer: str) -> int:
         """How many static ranges each tensor of a layer has: one for each step, one for each group of
@@ -123,13 +123,13 @@ class QuantConfig:
             return 0
         if self.ranges == "step":
             return self.total_steps or 1
-        return 1 if isinstance(act, int) else len(act)
+        return len(act_parts(act))
 
     def range_part(self, layer: str, step: int) -> int:
         """Which of them a step uses."""
         if self.ranges == "step":
             return step
-        return 0 if self.steps is None or isinstance(self[layer].act, int) else self.steps.of(step)
+        return self.steps.of(step) if self.steps and isinstance(self[layer].act, tuple) else 0
 
     def group_of_part(self, part: int) -> int:
         """The group of steps that a part belongs to."""
@@ -240,12 +240,14 @@ def _config_model() -> Any:
     # pydantic costs 0.1 s to import: only where a file is read
     from pydantic import BaseModel, ConfigDict, Field
 
+    One = Literal[16, 8, "i8", "f8", 6, 4]  # ``ROUNDINGS``
+
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid")
 
     class Layer(Strict):
         weight: str
-        act: Literal[16, 8, 6, 4] | Annotated[list[Literal[16, 8, 6, 4]], Field(min_length=1)]
+        act: One | Annotated[list[One], Field(min_length=1)]
         codebook: str | None = None
 
     class Groups(Strict):

@@ -3,7 +3,24 @@ defined."""
 
 # ruff: noqa: F401
 # mypy: implicit-reexport
-from aquabit.activation_bits import ACTIVATION_BITS, CODE_SHIFT, Act, StepGroups, act_code, act_of, act_text
+from aquabit.activation_bits import (
+    CODE_SHIFT,
+    ROUNDINGS,
+    Act,
+    Rounding,
+    StepGroups,
+    act_bits,
+    act_code,
+    act_of,
+    act_parts,
+    act_text,
+    closest,
+    known_rounding,
+    lowest,
+    output_rounding,
+    parse_rounding,
+    rounding_of,
+)
 from aquabit.budget import Budget
 from aquabit.errors import AquabitError
 from aquabit.jsonio import digest

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ from aquabit.jsonio import read_json, record
 from aquabit.layer_formats import FORMATS, LEVELS, layer_formats
 from aquabit.maximum_entropy import level_odds
 from aquabit.scheme import (
-    ACTIVATION_BITS,
     FP,
+    ROUNDINGS,
     Act,
     AquabitError,
     Calibration,
     LayerChoice,
     QuantConfig,
+    Rounding,
     Scheme,
     StepGroups,
+    act_bits,
     act_text,
+    closest,
+    known_rounding,
+    lowest,
     parse_correction,
 )
 from aquabit.scheme_kinds import KINDS
@@ -58,7 +63,7 @@ class SearchSpace:
 
     fingerprint: str
     choices: Mapping[str, tuple[Scheme, ...]]
-    activations: tuple[int, ...] = DEFAULT_ACTIVATIONS
+    activations: tuple[Rounding, ...] = DEFAULT_ACTIVATIONS
     operators: Mapping[str, str] | None = None  # layer -> operator type, for balanced sampling
     kernel_area: Mapping[str, int] | None = None
     model: str = ""
@@ -75,11 +80,11 @@ class SearchSpace:
         object.__setattr__(self, "correction", "+".join(parse_correction(self.correction)) or None)
         if not self.choices:
             raise AquabitError("the search space is empty: the model has no Linear or Conv2d layer")
-        bad = [a for a in self.activations if a not in ACTIVATION_BITS]
-        if bad or not self.activations:
-            raise AquabitError(
-                f"activation bits {list(self.activations)} are not supported; known: {list(ACTIVATION_BITS)}"
-            )
+        if not self.activations:
+            known = ", ".join(map(str, ROUNDINGS))
+            raise AquabitError(f"the list of activations is empty; give at least one of {known}")
+        for rounding in self.activations:
+            known_rounding(rounding)
         self._check_ties()
         target_named(self.target)
 
@@ -106,12 +111,19 @@ class SearchSpace:
 
     @property
     def act_choices(self) -> tuple[Act, ...]:
-        """What activations may be: the widths, high to low; with groups of steps also a low width followed
-        by the next higher one, and the reverse, from each boundary on."""
-        widths = tuple(sorted(set(self.activations), reverse=True))
+        """What activations may be: the roundings, high to low; with groups of steps also a low one followed
+        by one of the next higher number of bits, and the reverse, from each boundary on."""
+        single = tuple(r for r in ROUNDINGS if r in self.activations)
         groups = 0 if self.steps is None else len(self.steps.starts)
-        pairs = [pair for high, low in pairwise(widths) for pair in ((low, high), (high, low))]
-        return *widths, *((a,) * b + (z,) * (groups - b) for a, z in pairs for b in range(1, groups))
+        levels = [list(same) for _, same in groupby(single, act_bits)]
+        steps = [step for highs, lows in pairwise(levels) for step in product(highs, lows)]
+        pairs = [pair for high, low in steps for pair in ((low, high), (high, low))]
+        return *single, *((a,) * b + (z,) * (groups - b) for a, z in pairs for b in range(1, groups))
+
+    @property
+    def closest_act(self) -> Rounding:
+        """Of its activations, the one that is closest to full precision."""
+        return closest(self.activations)
 
     def over_steps(self, values: np.ndarray) -> np.ndarray:
         """Values [..., groups] averaged over the steps, [...]."""
@@ -300,7 +312,7 @@ class SearchSpace:
             methods = levels[float(level)]
             scheme = methods[int(rng.integers(len(methods)))]
             low = others[int(rng.integers(len(others)))] if len(others) > 1 else others[0]
-            act = low if rng.random() < share else max(self.activations)
+            act = low if rng.random() < share else self.closest_act
             picked |= {k: self.choice(k, scheme, 16 if row == (FP,) else act) for k in group}
         return self.config(picked)
 
@@ -311,12 +323,12 @@ class SearchSpace:
 
     def lower_acts(self, share: float, rng: np.random.Generator) -> tuple[Act, ...]:
         """What a random configuration gives to the ``share`` of its layers whose activations are not at
-        the highest bits: the lowest, or, with groups of steps, every second time any lower width or
-        pattern."""
+        the highest bits: the lowest (of several kinds any), or, with groups of steps, every second time
+        any lower one or pattern."""
         if self.steps is not None and share and rng.random() < 0.5:
-            lower = tuple(a for a in self.act_choices if a != max(self.activations))
-            return lower or (min(self.activations),)
-        return (min(self.activations),)
+            lower = tuple(a for a in self.act_choices if a != self.closest_act)
+            return lower or lowest(self.activations)
+        return lowest(self.activations)
 
     def to_dict(self) -> dict[str, Any]:
         choices = {k: [str(s) for s in v] for k, v in self.choices.items()}
@@ -348,7 +360,7 @@ class SearchSpace:
         return SearchSpace(
             found.fingerprint,
             {k: tuple(Scheme.parse(s) for s in row) for k, row in found.choices.items()},
-            found.activations,
+            tuple(known_rounding(a, source) for a in found.activations),
             found.operators,
             found.kernel_area,
             found.model,
@@ -367,7 +379,7 @@ class _Stored:
 
     fingerprint: str
     choices: dict[str, tuple[str, ...]]
-    activations: tuple[int, ...]
+    activations: tuple[int | str, ...]
     operators: dict[str, str]
     kernel_area: dict[str, int]
     model: str
@@ -408,7 +420,7 @@ def make_space(
     schemes: Sequence[str] | None = None,
     levels: Sequence[float] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None,
-    activations: Sequence[int] | None = None,
+    activations: Sequence[Rounding] | None = None,
     pinned: Mapping[str, str] | None = None,
     excluded: Sequence[str] = (),
     calibration: Calibration | None = None,
@@ -441,9 +453,10 @@ def make_space(
     else:
         choices = _offered(nodes, partners, schemes, levels, FORMATS if formats is None else formats)
     model_class = str(graph.graph.get("model_class"))
+    acts = rounded(goal, activations, DEFAULT_ACTIVATIONS)
     if goal is not None:
-        choices = held(goal, nodes, choices, model_class, out)
-        check_pins(goal, nodes, pins, pinned or {}, model_class)
+        choices = held(goal, nodes, choices, model_class, out, acts)
+        check_pins(goal, nodes, pins, pinned or {}, model_class, acts)
     choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}
     choices |= dict.fromkeys(out, (FP,))
     for name, row in choices.items():
@@ -461,7 +474,7 @@ def make_space(
     return SearchSpace(
         fingerprint,
         choices,
-        rounded(goal, activations, DEFAULT_ACTIVATIONS),
+        acts,
         {n: str(a["operator"]) for n, a in nodes.items()},
         {n: int(np.prod(a["shape"][2:])) for n, a in nodes.items()},
         model,
@@ -489,7 +502,12 @@ def narrowed(space: SearchSpace, graph: nx.DiGraph, target: str | None) -> Searc
     excluded = {k for k, row in space.choices.items() if row == (FP,)}
     choices = held(goal, nodes, space.choices, model_class, excluded)
     choices, groups = fused(goal, model_class, choices, space.tied)
-    kept = tuple(a for a in goal.activations if a == 16 or a in space.activations)
+    every = {s for row in choices.values() for s in row}
+    kept = tuple(
+        a
+        for a in goal.activations
+        if a == 16 or (a in space.activations and all(goal.beside(s, a) is None for s in every))
+    )
     choices = common_choices(choices, groups)
     return replace(space, choices=choices, activations=kept, tied=groups, target=goal.name)
 
@@ -582,11 +600,8 @@ def read_space(path: str | Path) -> dict[str, Any]:
                 f"{path}: tied holds {patterns!r:.60}; it must hold lists of two or more patterns of layers,"
                 ' as in [["*.to_q", "*.to_k", "*.to_v"]]'
             )
-    for bits in value.get("activations", []):
-        if type(bits) is not int or bits not in ACTIVATION_BITS:
-            raise AquabitError(
-                f"{path}: activation bits {bits!r} are not supported; known: {list(ACTIVATION_BITS)}"
-            )
+    for rounding in value.get("activations", []):
+        known_rounding(rounding, path)
     parse_correction(value.get("correction"))
     read_groups(value.get("step_groups"), str(path))
     return value

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from aquabit.scheme import FP, AquabitError, Scheme
-from aquabit.targets import Target
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme, act_text
+from aquabit.targets import WEIGHTS_ONLY, Target
 from aquabit.ties import Tied, find_ties, in_order, joined
 
 
@@ -17,16 +17,22 @@ def held(
     choices: Mapping[str, tuple[Scheme, ...]],
     model: str,
     excluded: Collection[str],
+    activations: Sequence[Rounding] = (16,),
 ) -> dict[str, tuple[Scheme, ...]]:
-    """Choices without what a target refuses; a layer that is left with nothing stays ``fp``. Raises
-    AquabitError where that is all layers."""
+    """Choices without what a target refuses, and without what does not go with each of ``activations``, which
+    are chosen apart from schemes; a layer that is left with nothing stays ``fp``. Raises AquabitError where
+    that is all layers."""
     found = {}
     for name, row in choices.items():
         kept = tuple(s for s in row if goal.refusal(s, name, nodes[name], model) is None)
+        kept = tuple(s for s in kept if all(goal.beside(s, a) is None for a in activations))
         found[name] = kept or (FP,)
     if all(set(row) == {FP} for name, row in found.items() if name not in excluded):
         schemes = dict.fromkeys(s for row in choices.values() for s in row if s != FP)
         why = goal.on(nodes, model, schemes).dense
+        if any(name not in why and name not in excluded for name in choices):
+            apart = (goal.beside(s, a) for a in activations for s in schemes)
+            why = {"": next(reason for reason in apart if reason is not None)}
         raise AquabitError(
             f"no layer can hold for {goal.name} any of {', '.join(map(str, schemes))}"
             f" ({next(iter(why.values()), 'all are excluded')}); its own schemes are"
@@ -41,10 +47,15 @@ def check_pins(
     pins: Mapping[str, str],
     pinned: Mapping[str, str],
     model: str,
+    activations: Sequence[Rounding] = (16,),
 ) -> None:
-    """Raise AquabitError where a layer is pinned to a scheme that a target refuses."""
+    """Raise AquabitError where a layer is pinned to a scheme that a target refuses, by itself or with one of
+    ``activations``."""
     for name, pattern in pins.items():
-        why = goal.refusal(Scheme.parse(pinned[pattern]), name, nodes[name], model)
+        scheme = Scheme.parse(pinned[pattern])
+        reasons = [goal.beside(scheme, a) for a in activations]
+        reasons.insert(0, goal.refusal(scheme, name, nodes[name], model))
+        why = next((reason for reason in reasons if reason is not None), None)
         if why is not None:
             raise AquabitError(
                 f"layer {name!r} is pinned to {pinned[pattern]}, which {goal.name} refuses: {why}"
@@ -65,15 +76,15 @@ def fused(
 
 
 def rounded(
-    goal: Target | None, activations: Sequence[int] | None, default: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Activation bits of a space; raises AquabitError for those that a target does not round."""
+    goal: Target | None, activations: Sequence[Rounding] | None, default: tuple[Rounding, ...]
+) -> tuple[Rounding, ...]:
+    """Activations of a space; raises AquabitError for those that a target does not round."""
     if activations is None:
-        return default if goal is None else goal.activations
+        return default if goal is None else WEIGHTS_ONLY
     wrong = [a for a in activations if goal is not None and a not in goal.activations]
     if goal is not None and wrong:
         raise AquabitError(
-            f"activations of {wrong[0]} bits are none of {goal.name}'s, which has"
-            f" {', '.join(map(str, goal.activations))}; leave them out"
+            f"{act_text(wrong[0])} is none of {goal.name}'s activations, which are"
+            f" {', '.join(map(act_text, goal.activations))}; leave it out"
         )
     return tuple(activations)

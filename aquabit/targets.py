@@ -14,26 +14,33 @@ from math import prod
 from typing import Any
 
 from aquabit.deployed_kinds import GGUF as GGUF_KINDS
-from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme, act_text
 from aquabit.ties import Tied, find_ties
 
 Node = Mapping[str, Any]  # a layer's attributes in the graph: kind ("linear" or "conv"), shape, groups, ...
 Lists = tuple[tuple[str, ...], ...]  # patterns of layers that are tied, as in a space file
 
 SDNQ_PACKED = {2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8}  # bits -> weights that share whole bytes
-WEIGHTS_ONLY = (16,)  # activation bits of programs that round weights alone
+WEIGHTS_ONLY: tuple[Rounding, ...] = (16,)  # activations of programs that round weights alone
+
+
+def _with_any(scheme: Scheme, act: Rounding) -> str | None:
+    """Inputs are rounded whatever the weight is."""
+    return None
 
 
 @dataclass(frozen=True)
 class Target:
     """What a program can hold: text forms of its default space (``schemes``; of ours none: that has formats
-    of each layer's own), the ``activations`` that it rounds, and the layers that it fuses, which must share a
-    scheme (``fused``, by class of the denoiser)."""
+    of each layer's own), the ``activations`` that it computes with as ours are rounded, why a scheme does not
+    go with some of them (``pairs``), and the layers that it fuses, which must share a scheme (``fused``, by
+    class of the denoiser)."""
 
     name: str
     schemes: tuple[str, ...]
     rule: Callable[[Scheme, Node], str | None] = field(repr=False)
-    activations: tuple[int, ...] = WEIGHTS_ONLY
+    activations: tuple[Rounding, ...] = WEIGHTS_ONLY
+    pairs: Callable[[Scheme, Rounding], str | None] = field(default=_with_any, repr=False)
     fused: Mapping[str, Lists] = field(default_factory=dict)
     one_scale: tuple[str, ...] = ()  # kinds with one scale a tensor, which layers that it fuses cannot share
 
@@ -44,6 +51,14 @@ class Target:
         if scheme.kind in self.one_scale and any(fnmatch(name, p) for row in self.tied(model) for p in row):
             return f"{self.name} has one {scheme.kind} scale for the tensor that it shares with others"
         return self.rule(scheme, node) or scheme.refuses(tuple(node["shape"]))
+
+    def beside(self, scheme: Scheme, act: Rounding) -> str | None:
+        """Why inputs that are rounded so cannot meet a scheme there; None where they can."""
+        if act == 16:
+            return None
+        if act not in self.activations:
+            return f"{self.name} has no {act_text(act)}"
+        return self.pairs(scheme, act)
 
     def tied(self, model: str) -> Lists:
         """Lists of patterns of the layers of a class of denoisers that must share a scheme; of several in one
@@ -189,17 +204,36 @@ def _modelopt(scheme: Scheme, node: Node) -> str | None:
 def _comfy(scheme: Scheme, node: Node) -> str | None:
     """Source: ComfyUI, QUANTIZATION.md (layers of a file name their format; Linear layers are loaded so) and
     comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
-    scales and one float32, both sides multiples of 16; int8 with a scale for each row), decoded by
-    comfy-kitchen 0.2.40. Not verified by running it. With ``full_precision_matrix_mult`` activations stay
-    as they are."""
-    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "int8"]) or _linear_only(node, "ComfyUI")
+    scales and one float32, both sides multiples of 16; mxfp8, of 32; int8 with a scale for each row), decoded
+    by comfy-kitchen 0.2.40. Not verified by running it. With ``full_precision_matrix_mult`` activations stay
+    as they are; else those of int8 are rounded per token as ``i8`` (comfy_kitchen/tensor/int8.py and
+    backends/eager/quantization.py, quantize_int8_rowwise), and those of fp8 under one scale of all tokens."""
+    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "mxfp8", "int8"]) or _linear_only(node, "ComfyUI")
     if why is None and scheme.kind == "fp8" and scheme.per_channel:
         return "ComfyUI's fp8 has one scale a tensor"
     if why is None and scheme.kind == "int" and scheme.group is not None:
         return "ComfyUI's int8 has a scale for each output channel"
-    if why is None and scheme.kind == "nvfp4" and any(size % 16 for size in node["shape"]):
-        return f"both sides of {list(node['shape'])} must be multiples of 16"
+    even = {"nvfp4": 16, "mxfp8": 32}.get(scheme.kind, 1)
+    if why is None and any(size % even for size in node["shape"]):
+        return f"both sides of {list(node['shape'])} must be multiples of {even}"
     return why
+
+
+def _torchao_pairs(scheme: Scheme, act: Rounding) -> str | None:
+    """Source: torchao 0.18.0, quantization/quant_api.py: Int8DynamicActivationInt8WeightConfig and
+    Float8DynamicActivationFloat8WeightConfig, per token where weights have a scale for each output. Float8 is
+    rounded as ours is (quant_primitives.py, _choose_scale_float8); symmetric int8 to -128 .. 127 under the
+    largest value / 127.5 (workflows/int8/int8_tensor.py), where ours has 127."""
+    if act == "i8" and not (scheme.kind == "int" and scheme.bits == 8 and scheme.group is None):
+        return "torchao multiplies symmetric int8 inputs by int8 weights with a scale for each output"
+    if act == "f8" and not (scheme.kind == "fp8" and scheme.per_channel):
+        return "torchao multiplies float8 inputs, a scale for each token, by fp8c weights"
+    return None
+
+
+def _comfy_pairs(scheme: Scheme, act: Rounding) -> str | None:
+    """Source: that of ``_comfy``."""
+    return None if scheme.kind == "int" else "ComfyUI multiplies inputs in int8 by int8 weights"
 
 
 def _aquabit(scheme: Scheme, node: Node) -> str | None:
@@ -245,11 +279,25 @@ GGUF = Target(
 SDNQ = Target("sdnq", ("usq2g32h", "usq3g32h", "usq4g32h", "usq4h", "usq5h", "usq6h", "int8h"), _sdnq)
 BITSANDBYTES = Target("bitsandbytes", ("nf4g64h", "nf4g64dh", "nf4g128dh", "nf4g256dh"), _bitsandbytes)
 TORCHAO = Target(
-    "torchao", ("int2g32h", "int3g32h", "int4g32h", "int4g64h", "nvfp4h", "int6h", "int8h", "fp8ch"), _torchao
+    "torchao",
+    ("int2g32h", "int3g32h", "int4g32h", "int4g64h", "nvfp4h", "int6h", "int8h", "fp8ch"),
+    _torchao,
+    (16, "i8", "f8"),
+    _torchao_pairs,
 )
-MODELOPT = Target("modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt)
-COMFY = Target("comfy", ("nvfp4h", "fp8h", "int8h"), _comfy, fused=FUSED, one_scale=("fp8", "nvfp4"))
-AQUABIT = Target("aquabit", (), _aquabit, (16, 8, 6))
+MODELOPT = Target(
+    "modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt, (16, "i8", "f8")
+)
+COMFY = Target(
+    "comfy",
+    ("nvfp4h", "mxfp8h", "fp8h", "int8h"),
+    _comfy,
+    (16, "i8"),
+    _comfy_pairs,
+    fused=FUSED,
+    one_scale=("fp8", "nvfp4"),
+)
+AQUABIT = Target("aquabit", (), _aquabit, (16, 8, "i8", "f8", 6))
 TARGETS: Mapping[str, Target] = {
     t.name: t for t in (GGUF, SDNQ, BITSANDBYTES, TORCHAO, MODELOPT, COMFY, AQUABIT)
 }

@@ -15,7 +15,7 @@ from torch import nn
 
 from aquabit.budget import OTHERS
 from aquabit.exports import WRITERS, check_known
-from aquabit.exports.exported import Exported, check_one_network
+from aquabit.exports.exported import Exported, check_activations, check_one_network
 from aquabit.files import check_apart, write_bytes
 from aquabit.graph import LayerGraph
 from aquabit.jsonio import write_json
@@ -51,6 +51,7 @@ from aquabit.sensitivity.surrogate.fit import TooFewError
 from aquabit.space import SearchSpace, narrowed
 from aquabit.study import Study
 from aquabit.study_status import start_plan
+from aquabit.targets import TARGETS
 from aquabit.user_code import names_function
 from aquabit.within import Fitted, compared, fit_within, parse_time
 
@@ -388,7 +389,7 @@ def run_flow(
     early = _Early(study, out, told, progress)
 
     def look(session: Session) -> None:
-        session.costs.check(budget, max(session.space.activations))
+        session.costs.check(budget, session.space.closest_act)
         clock.mark("loading")
         early.first(lambda: quick_answer(session, flow.bits, progress), "fitting every format")
         clock.mark("first look")
@@ -686,6 +687,7 @@ def export_files(
 
     def check(network: nn.Module, graph: LayerGraph) -> None:
         check_one_network(config, graph, to)
+        check_activations(config, TARGETS[to].beside)
         WRITERS[to].check(Exported(network, config, graph))
 
     found = coded(pipe, config, check=check, bank=bank, device=device, progress=progress)

@@ -103,6 +103,7 @@ def figures(found: dict[str, Any]) -> Rows:
                     "over_float32",
                 )
             )
+    rows += attention_figures(found.get("attention", {}).get("rows", []))
     main = [
         r
         for r in peers
@@ -136,6 +137,23 @@ def figures(found: dict[str, Any]) -> Rows:
         ]  # every format, everything rounded
         rows.append(figure(f"{model} over float32, memory=packed", 1.0, cases, "over_float32"))
     return [r for r in rows if r is not None]
+
+
+def attention_figures(rows: Rows) -> list[dict[str, Any] | None]:
+    """Of the kernel that rounds: beside torch's own at many tokens, and beside its form in torch at few."""
+    many = [r for r in rows if r["shape"] == "8 heads of 64" and r["tokens"] >= 1024]
+    few = [r for r in rows if r["tokens"] <= 64]
+    wanted = (
+        ("attention over float32, 1,024 and 4,096 tokens", 1.5, many, "float32", "over_float32"),
+        ("attention in bfloat16 over bfloat16, the same", 1.0, many, "bfloat16", "over_bfloat16"),
+        ("attention over its form in torch, 16 and 64 tokens", 1.0, few, "float32", "over_torch_form"),
+    )
+    return [
+        figure(
+            claim, target, [[r] for r in own if r["format"] == "rounded" and r["kernel"] == kind], ratio_name
+        )
+        for claim, target, own, kind, ratio_name in wanted
+    ]
 
 
 def small(scheme: str) -> bool:
@@ -215,6 +233,30 @@ def layer_tables(rows: Rows, other: str | None = None) -> str:
         parts.append(
             table(["format", "bits", *names, "best", *over, "errors (of norm)", "exact", "rounds"], lines)
         )
+    return "\n".join(parts)
+
+
+def attention_section(rows: Rows) -> str:
+    """A table per shape and threads: a line for each kernel and type."""
+    parts = []
+    for (shape, threads), mine in _cases(rows, ("shape", "threads")).items():
+        parts.append(f"### {shape}, {count(threads, 'thread')}\n")
+        lines = [
+            [
+                f"{r['tokens']:,}",
+                f"{r['format'] or 'torch, not rounded'}, {r['kernel']}",
+                f"{r['ms']:.3f}",
+                f"{r['gmac_s']:.0f}",
+                spread(r["over_float32"]),
+                spread(r["over_bfloat16"]),
+                spread(r["over_torch_form"]),
+                f"{r['error']:.0e} ({r['error_norm']:.0e})",
+                r["rounds"],
+            ]
+            for r in mine
+        ]
+        head = ["tokens", "kernel", "ms", "GMAC/s", "over float32", "over bfloat16", "over its form in torch"]
+        parts.append(table([*head, "errors (of norm)", "rounds"], lines))
     return "\n".join(parts)
 
 
@@ -360,6 +402,15 @@ ABOUT = {
         "3 x 3 convolutions of LDM-4's U-Net, one image",
         "As above; float32 is the faster of two layouts.",
     ),
+    "attention": (
+        "Attention with probabilities rounded to 8 bits",
+        (
+            "Random Q, K and V, heads side by side in each token. Errors are to float64, of the same rounding"
+            " where there is one; a probability halfway between two points of its grid may go to the other"
+            " one. The bound of a core is that of its float32 multiply-adds for the scores and of its integer"
+            " dot products of 16 bits for the values (Bounds, below)."
+        ),
+    ),
     "peers": (
         "What a user could take today",
         (
@@ -388,6 +439,7 @@ ABOUT = {
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "linear": layer_tables,
     "conv": layer_tables,
+    "attention": attention_section,
     "peers": peers_section,
     "models": models_section,
     "bundled": models_section,

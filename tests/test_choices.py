@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aquabit.choices import Choices, by_group, in_order
-from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme, StepGroups, act_bits, act_code
 from aquabit.space import SearchSpace
 
 USQ2, USQ4, VQ3 = (Scheme.parse(s) for s in ("usq2", "usq4", "vq3"))
 PLAIN = SearchSpace("f" * 16, {"a": (USQ2, USQ4), "out": (Scheme(),), "b": (USQ4, VQ3, USQ2), "pin": (VQ3,)})
 STEPS = replace(PLAIN, activations=(4, 8, 6), steps=StepGroups(10, (0, 2, 5)))
-spaces, seeds = st.sampled_from([PLAIN, STEPS]), st.integers(0, 10**6)
+KINDS = replace(PLAIN, activations=(8, "i8", "f8"))
+BOTH = replace(STEPS, activations=("i8", 6, "f8"))
+spaces, seeds = st.sampled_from([PLAIN, STEPS, KINDS, BOTH]), st.integers(0, 10**6)
 
 
 def drawn(space: SearchSpace, count: int, seed: int) -> tuple[list[QuantConfig], Choices]:
@@ -35,7 +37,10 @@ def test_rows_are_their_configurations(space: SearchSpace, seed: int, count: int
     assert np.allclose(rows.mean_bits, np.reshape(means, rows.acts.shape))
     groups = 3 if space.steps else 1
     parts = [[by_group(c[k].act, groups) for k in space.layers] for c in configs]
-    assert np.array_equal(rows.group_bits, np.reshape(parts, (count, 4, groups)))
+    bits = [[[act_bits(a) for a in part] for part in row] for row in parts]
+    codes = [[[act_code(a) for a in part] for part in row] for row in parts]
+    assert np.array_equal(rows.group_bits, np.reshape(bits, (count, 4, groups)))
+    assert np.array_equal(rows.group_codes, np.reshape(codes, (count, 4, groups)))
 
 
 @given(spaces, seeds, st.data())
@@ -103,6 +108,25 @@ def test_one_activation_for_all_leaves_excluded_layers_off() -> None:
 def test_plain_bits_come_before_patterns() -> None:
     patterns = [(4, 8), (8, 4), (6, 8)]
     assert in_order([*patterns, 16, 4, 8, 4, (6, 8)]) == (4, 8, 16, (8, 4), (4, 8), (6, 8))
+    assert in_order(["f8", (4, 8), "i8", 16, 8]) == (8, 16, "i8", "f8", (4, 8))
+
+
+def test_a_space_offers_what_it_names_high_to_low_and_patterns_between_bits() -> None:
+    assert KINDS.act_choices == (8, "i8", "f8") and KINDS.closest_act == 8
+    halves = replace(BOTH, activations=("f8", 16, 6, "i8"), steps=StepGroups(10, (0, 5)))
+    assert halves.act_choices[:4] == (16, "i8", "f8", 6) and halves.closest_act == 16
+    pairs = {(16, "i8"), (16, "f8"), ("i8", 6), ("f8", 6)}
+    assert {*halves.act_choices[4:]} == {p for a, b in pairs for p in ((a, b), (b, a))}
+    assert STEPS.act_choices[:3] == (8, 6, 4) and len(STEPS.act_choices) == 3 + 2 * 2 * 2
+
+
+def test_random_configurations_take_every_kind_of_the_fewest_bits() -> None:
+    def taken(*activations) -> set:
+        space = replace(PLAIN, activations=activations)
+        return {c["a"].act for c in space.sample(60, 3)}
+
+    assert taken(8, "i8", "f8") == {8, "i8", "f8"} and taken("i8") == {"i8"}
+    assert taken(16, "i8", 6) == {16, 6} and taken(8, 6) == {8, 6} and taken("f8", "i8") == {"i8", "f8"}
 
 
 def test_what_is_no_row_of_the_space_is_refused() -> None:

@@ -15,7 +15,7 @@ from aquabit.exports import RECIPES, Export, export_config
 from aquabit.graph import layers, meta_denoiser, trace
 from aquabit.pipelines import load
 from aquabit.quant.model import fingerprint
-from aquabit.scheme import LayerChoice, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import LayerChoice, QuantConfig, Rounding, Scheme, StepGroups
 from aquabit.space import make_space
 from tests.families import DIGITS_DIT, DIGITS_UNET
 from tests.test_following import DIGITS, TiedMlp
@@ -149,6 +149,51 @@ def test_modelopt() -> None:
     assert weight["cfg"] == {"num_bits": 2, "axis": 0}
     _, _, act = one(UNET, "modelopt", CONV, "usq4", 8).config["quant_cfg"]
     assert act["cfg"] == {"num_bits": 8, "axis": 0, "type": "dynamic"}, "per image"
+
+
+@pytest.mark.parametrize(("act", "bits"), [("i8", 8), ("f8", [4, 3])])
+def test_modelopt_rounds_inputs_as_ours(act: Rounding, bits: Any) -> None:
+    found = one(DIT, "modelopt", FF, "int8", act)
+    assert found.config["quant_cfg"][2]["cfg"] == {
+        "num_bits": bits,
+        "block_sizes": {-1: None, "type": "dynamic"},
+    }
+    assert found.layers[FF].status == "same" and found.layers[FF].form == f"8 bits, {act}"
+    assert one(DIT, "modelopt", QUERY, "int8", act).layers[QUERY].lost == (), "Q is no layer's input"
+    assert not any("softmax" in said for said in found.whole)
+
+
+def test_torchao_rounds_inputs_as_ours_beside_some_weights() -> None:
+    kinds = {"i8": "Int8DynamicActivationInt8WeightConfig", "f8": "Float8DynamicActivationFloat8WeightConfig"}
+    for act, scheme, said in (
+        ("i8", "int8", ["torchao's scales of inputs at i8 are the largest value / 127.5, not / 127"]),
+        ("f8", "fp8c", []),
+        ("f8", "fp8", ["one scale of the input for all tokens, as its weight has"]),
+    ):
+        found = one(DIT, "torchao", FF, scheme, act)
+        form = found.config["_data"]["fqn_to_config"][FF]
+        assert form["_type"] == kinds[act] and list(found.layers[FF].lost) == said
+        assert found.layers[FF].form == f"{scheme}, {act}"
+    for act, scheme, said in (
+        ("i8", "int4g64", "asymmetric activations: symmetric ones are of int8 weights"),
+        ("f8", "int8", "input in int8, not float8"),
+    ):
+        found = one(DIT, "torchao", FF, scheme, act)
+        assert found.config["_data"]["fqn_to_config"][FF]["_type"] == "Int8DynamicActivationIntxWeightConfig"
+        assert said in " ".join(found.layers[FF].lost)
+    assert "input at 16 bits instead of i8" in " ".join(one(DIT, "quanto", FF, "int8", "i8").layers[FF].lost)
+
+
+@pytest.mark.parametrize(("scheme", "act"), [("int8", "i8"), ("fp8c", "f8"), ("fp8", "f8")])
+def test_torchao_reads_these_forms(scheme: str, act: Rounding) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed (the extra `targets`)")
+    from torchao.core.config import config_from_dict, config_to_dict
+
+    form = one(DIT, "torchao", FF, scheme, act).config["_data"]["fqn_to_config"][FF]
+    again = config_to_dict(config_from_dict(form))
+    assert again["_type"] == form["_type"]
+    for key, value in form["_data"].items():
+        assert again["_data"][key] == value, key
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from aquabit.jsonio import read_json
 from aquabit.scheme import (
+    ROUNDINGS,
     AquabitError,
     Budget,
     LayerChoice,
     Protocol,
     QuantConfig,
+    Rounding,
     Scheme,
     direction,
     parse_swap,
@@ -70,22 +72,25 @@ def test_code_bits() -> None:
 
 @given(
     st.dictionaries(
-        st.text(min_size=1, max_size=8), st.tuples(SCHEMES, st.sampled_from([6, 8, 16])), max_size=6
+        st.text(min_size=1, max_size=8), st.tuples(SCHEMES, st.sampled_from(ROUNDINGS)), max_size=6
     )
 )
-def test_config_round_trip_and_digest(layers: dict[str, tuple[str, int]]) -> None:
+def test_config_round_trip_and_digest(layers: dict[str, tuple[str, Rounding]]) -> None:
     config = QuantConfig("f", {k: LayerChoice(Scheme.parse(s), a) for k, (s, a) in layers.items()}, "m")
     again = QuantConfig.from_dict(json.loads(config.to_json()))
     assert again == config and again.digest == config.digest
     assert QuantConfig("f", dict(reversed(config.layers.items())), "other name").digest == config.digest
-    changed = config.with_layer("zzzzzzzzz", "usq5", 8)
-    assert changed.digest != config.digest
+    changed = [config.with_layer("zzzzzzzzz", "usq5", act) for act in ROUNDINGS]
+    assert len({config.digest, *(other.digest for other in changed)}) == 1 + len(ROUNDINGS)
 
 
 @pytest.mark.parametrize(
     ("change", "place"),
     [
         ({"layers": {"a": {"weight": "usq4", "act": 7}}}, "layers.a.act"),
+        ({"layers": {"a": {"weight": "usq4", "act": "i4"}}}, "layers.a.act"),
+        ({"layers": {"a": {"weight": "usq4", "act": "8"}}}, "layers.a.act"),
+        ({"layers": {"a": {"weight": "usq4", "act": ["i8", "f4"]}}}, "layers.a.act"),
         ({"layers": {"a": {"weight": "usq99", "act": 8}}}, "usq99"),
         ({"schema": 2}, "schema"),
         ({"surprise": 1}, "surprise"),

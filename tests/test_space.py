@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from aquabit.cost import CostModel
 from aquabit.maximum_entropy import level_odds
 from aquabit.pipelines import trace
 from aquabit.scheme import AquabitError, Calibration, QuantConfig, Scheme
-from aquabit.sensitivity.features import Encoder
+from aquabit.sensitivity.features import SKETCH, Encoder
 from aquabit.space import BITS_RANGE, SearchSpace, make_space, read_space
 from tests.conftest import tiny_pipeline
 
@@ -78,7 +79,15 @@ def test_space_file(tmp_path) -> None:
     path = tmp_path / "space.json"
     path.write_text('{"schemes": ["usq4"], "excluded": ["conv_out"]}')
     assert read_space(path) == {"schemes": ["usq4"], "excluded": ["conv_out"]}
+    path.write_text('{"activations": [8, "i8", "f8"]}')
+    space = make_space(GRAPH, "f", **read_space(path))
+    assert space.activations == (8, "i8", "f8")
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
     for text, word in (
+        ('{"activations": ["i4"]}', "space.json: activations of 'i4' are not supported; known: 16, 8, i8"),
+        ('{"activations": ["8"]}', "activations of '8' are not supported"),
+        ('{"activations": [true]}', "activations of True are not supported"),
+        ('{"activations": [[8]]}', r"activations of \[8\] are not supported"),
         ('{"scheme": []}', "scheme"),
         ('{"schemes": "usq4"}', "list"),
         ("[]", "object"),
@@ -115,6 +124,30 @@ def test_encoder_aggregates_follow_a_swap() -> None:
     )
     with pytest.raises(AquabitError, match="no weight error"):
         Encoder(SPACE, GRAPH, {})
+
+
+def test_kinds_of_8_bits_cost_alike_and_look_different_to_the_surrogate() -> None:
+    space = replace(SPACE, activations=(8, "i8", "f8", 6))
+    configs = [space.uniform("usq4h", act) for act in (8, "i8", "f8", 6)]
+    costs = CostModel(GRAPH, space)
+    totals = costs.totals(Choices.of(space, configs))
+    assert len({*totals["bops"][:3]}) == 1 and totals["bops"][3] < totals["bops"][0]
+    assert [costs(c).bops for c in configs] == pytest.approx(totals["bops"])
+    assert costs.limits()["bops"][0] < costs.limits("i8")["bops"][0] == costs.limits(8)["bops"][0]
+    errors = {(k, str(s)): 4.0**-s.bits for k, row in space.choices.items() for s in row}
+    encoder = Encoder(space, GRAPH, errors)
+    column = encoder.columns.index(f"act:{space.layers[5]}")
+    assert encoder.encode(configs)[:, column].tolist() == pytest.approx([0, 0.25, 1.05, 1])
+    probes = {(k, a): {"damage": d, "sketch": np.zeros(SKETCH)} for k, a, d in probed(space)}
+    encoder = Encoder(space, GRAPH, errors, probes)
+    found = encoder.damages(Choices.of(space, configs))[:, 5]
+    assert found.tolist() == [1.0, 2.0, 3.0, 4.0], "each kind has the damage that it was probed to do"
+
+
+def probed(space: SearchSpace):
+    damages = {"a8": 1.0, "i8": 2.0, "f8": 3.0, "a6": 4.0}
+    for layer, cell in space.cells():
+        yield layer, cell, damages.get(cell, 0.0)
 
 
 def test_cost_limits_are_reached_and_hold() -> None:

@@ -13,7 +13,7 @@ from aquabit.exports.gguf import plan_of
 from aquabit.graph import layers as graph_layers
 from aquabit.measuring.session import target_notes, uniform_references
 from aquabit.pipelines import trace
-from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme
 from aquabit.search.first_answer import plain_space
 from aquabit.space import DEFAULT_ACTIVATIONS, SearchSpace, make_space, narrowed
 from aquabit.targets import FUSED, TARGETS, target_named
@@ -104,7 +104,7 @@ def test_what_targets_hold(target: str, scheme: str, node: dict[str, Any], said:
 def test_a_space_offers_what_its_target_holds(target: str) -> None:
     graph, goal = model(), TARGETS[target]
     space, nodes = make_space(graph, "f", "made", target=target), graph_layers(graph)
-    assert space.target == target and space.activations == goal.activations
+    assert space.target == target and space.activations == (16,)
     for name, row in space.choices.items():
         held = [s for s in map(Scheme.parse, goal.schemes) if refusal(target, str(s), nodes[name]) is None]
         assert row == (FP, *held), name
@@ -146,8 +146,42 @@ def test_schemes_of_a_space_file_are_offered_where_the_target_holds_them() -> No
         make_space(model(), "f", pinned={"wide": "usq8"}, target="gguf")
     pinned = make_space(model(), "f", pinned={"wide": "q8_0"}, target="gguf")
     assert pinned.choices["wide"] == (Scheme.parse("q8_0"),)
-    with pytest.raises(AquabitError, match="activations of 8 bits are none of gguf's, which has 16"):
+    with pytest.raises(AquabitError, match="a8 is none of gguf's activations, which are a16"):
         make_space(model(), "f", activations=[16, 8], target="gguf")
+
+
+def offered(target: str, *activations: Rounding, schemes: list[str] | None = None) -> dict[str, list[str]]:
+    space = make_space(model(), "f", target=target, activations=activations, schemes=schemes)
+    assert space.activations == activations
+    return {name: [str(s) for s in row] for name, row in space.choices.items()}
+
+
+def test_schemes_go_with_all_activations_that_a_space_of_a_target_has() -> None:
+    assert offered("torchao", "i8")["wide"] == ["int8h"] == offered("torchao", 16, "i8")["wide"]
+    assert offered("torchao", "f8")["wide"] == ["fp8ch"]
+    assert offered("comfy", "i8")["wide"] == ["int8h"] and offered("comfy", 16)["wide"][0] == "fp"
+    assert offered("torchao", "i8")["conv"] == ["fp"], "what can hold nothing keeps its inputs as they are"
+    assert offered("modelopt", "f8", "i8")["wide"] == ["fp", *TARGETS["modelopt"].schemes], "any with any"
+    with pytest.raises(AquabitError, match="int8 weights with a scale for each output"):
+        offered("torchao", "i8", "f8")
+    with pytest.raises(AquabitError, match=r"no layer can hold for torchao any of int4g32 .*int8 weights"):
+        offered("torchao", "i8", schemes=["int4g32"])
+    with pytest.raises(AquabitError, match="pinned to int4g32, which torchao refuses: torchao multiplies"):
+        make_space(model(), "f", target="torchao", activations=["i8"], pinned={"wide": "int4g32"})
+    for target in ("gguf", "sdnq", "bitsandbytes"):
+        with pytest.raises(AquabitError, match=f"i8 is none of {target}'s activations, which are a16"):
+            offered(target, "i8")
+    with pytest.raises(AquabitError, match="f8 is none of comfy's activations, which are a16, i8"):
+        offered("comfy", "f8")
+
+
+def test_a_studys_activations_stay_where_they_go_with_all_that_is_left() -> None:
+    both = model(a=("linear", (512, 768)), b=("linear", (64, 64)))
+    wide = make_space(both, "f", schemes=["int8h", "usq4h"], activations=[8, "i8", "f8"])
+    assert narrowed(wide, both, "torchao").activations == (16, "i8")
+    assert narrowed(wide, both, "modelopt").activations == (16, "i8", "f8")
+    wide = make_space(both, "f", schemes=["int8h", "int4g32"], activations=[8, "i8"])
+    assert narrowed(wide, both, "torchao").activations == (16,), "int4g32 goes with a16 alone"
 
 
 def test_our_own_target_restricts_nothing() -> None:

@@ -562,8 +562,8 @@ def bench(
     formats: options.Formats = None,
     shapes: options.Shapes = None,
     act: Annotated[
-        int, typer.Option("--act", min=2, help="Activation bits of the coded layers; 16 is off.")
-    ] = 8,
+        str, typer.Option("--act", help="Activations of the coded layers: 8, 6, ... bits, i8, f8; 16 is off.")
+    ] = "8",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads; default: torch's.")
     ] = None,
@@ -574,13 +574,14 @@ def bench(
     packed = f"beside {folder}, a packed model with formats, shapes and activations of its own"
     groups.check_idle(context, folder is not None, packed, "formats", "shapes", "act")
     groups.check_idle(context, folder is None, "without DIR, a packed model", "dtype")
+    from aquabit.activation_bits import parse_rounding
     from aquabit.quant.bench import bench_artifact, bench_formats, torch_threads
 
     with torch_threads(threads), bars() as progress:
         rows: Any = (
             bench_artifact(folder, dtype, progress)
             if folder
-            else bench_formats(formats, shapes, act, progress)
+            else bench_formats(formats, shapes, parse_rounding(act), progress)
         )
     if not emit({"rows": [r.to_dict() for r in rows]}, json_):
         tables.show_calls(rows) if folder else tables.show_timings(rows)

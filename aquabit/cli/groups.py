@@ -328,7 +328,8 @@ class Searching:
             metavar="FILE",
             help=(
                 "A configuration that the winner must not lose to: config.json, ModelOpt's quant_cfg, a GGUF"
-                " file of the model, a folder of SDNQ, bitsandbytes or torchao; may be repeated."
+                " file of the model or one of ComfyUI, a folder of SDNQ, bitsandbytes or torchao; may be"
+                " repeated."
             ),
         ),
     ] = None

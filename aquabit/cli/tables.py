@@ -8,6 +8,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any
 
+from aquabit.activation_bits import act_text
 from aquabit.cli.progress import console, plain
 from aquabit.progress import span
 
@@ -174,7 +175,9 @@ def show_timings(rows: Any) -> None:
     from rich.table import Table
 
     _machine(rows)
-    console.print(f"median milliseconds; coded layers at a{rows[0].act}; dense layers over the best kernel")
+    console.print(
+        f"median milliseconds; coded layers at {act_text(rows[0].act)}; dense layers over the best kernel"
+    )
     names = list(dict.fromkeys(name for r in rows for name in r.milliseconds))
     table = Table(
         "shape", "format", *names, "fp32", "bf16", "fp32/best", "bf16/best", box=None, padding=(0, 1, 0, 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from aquabit.exports.statement import Form, Node, code_bits, even_group, most_bits, uneven_groups
-from aquabit.scheme import FP, LayerChoice, Scheme
+from aquabit.exports.statement import Form, Node, closest_act, code_bits, even_group, uneven_groups
+from aquabit.scheme import FP, LayerChoice, Scheme, act_bits, act_text
 
 LEAST_BITS = 2  # symmetric whole numbers of 1 bit have no step
 FLOATS: dict[str, dict[str, Any]] = {  # those that it has, with scales as ours are stored
@@ -19,19 +19,20 @@ FLOATS: dict[str, dict[str, Any]] = {  # those that it has, with scales as ours 
 
 def layer(choice: LayerChoice, node: Node) -> Form:
     """Weights at 2 bits or more, activations at their own."""
-    scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
+    scheme, shape, act = choice.weight, tuple(node["shape"]), closest_act(choice)
     form, words, lost = dict[str, Any](), [], list[str]()
     if scheme != FP:
         form["weight"], said, lost = _float(scheme, shape) or _whole_numbers(scheme, shape)
         words.append(said)
-    if act < 16:
-        lost.append("symmetric activations: no offset")
+    if act != 16:
+        if isinstance(act, int):
+            lost.append("symmetric activations: no offset")
         per_token = {"block_sizes": {-1: None, "type": "dynamic"}}
         form["input"] = {
-            "num_bits": act,
+            "num_bits": [4, 3] if act == "f8" else act_bits(act),
             **(per_token if len(shape) == 2 else {"axis": 0, "type": "dynamic"}),
         }
-    return Form(form or None, ", ".join([*words, f"a{act}"]), lost, _float(scheme, shape) is not None)
+    return Form(form or None, ", ".join([*words, act_text(act)]), lost, _float(scheme, shape) is not None)
 
 
 def _float(scheme: Scheme, shape: tuple[int, ...]) -> tuple[dict[str, Any], str, list[str]] | None:

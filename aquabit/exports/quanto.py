@@ -5,14 +5,14 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from aquabit.exports.statement import Form, Node, code_bits, most_bits
+from aquabit.exports.statement import Form, Node, closest_act, code_bits
 from aquabit.scheme import FP, LayerChoice
 
 
 def layer(choice: LayerChoice, node: Node) -> Form:
     """Weights alone, at 2, 4 or 8 bits: its activations take static ranges."""
-    scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
-    lost = [] if act >= 16 else [f"input at 16 bits instead of {act}: its ranges are static and one a tensor"]
+    scheme, shape, act = choice.weight, tuple(node["shape"]), closest_act(choice)
+    lost = [] if act == 16 else [f"input at 16 bits instead of {act}: its ranges are static and one a tensor"]
     if scheme == FP:
         return Form(None, "fp", lost)
     row, wanted = prod(shape[1:]), code_bits(scheme, shape)

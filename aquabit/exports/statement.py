@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
-from aquabit.scheme import LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import LayerChoice, QuantConfig, Rounding, Scheme, act_parts, closest, output_rounding
 
 Node = Mapping[str, Any]  # a layer's attributes in the graph
 Status = Literal["same", "nearest", "full precision"]
@@ -77,12 +77,12 @@ def weight_losses(scheme: Scheme, has_levels: bool = False) -> list[str]:
 
 def activation_losses(choice: LayerChoice, node: Node) -> list[str]:
     """What every library loses of a layer's activations; ``node`` is the layer's in the graph."""
-    found, least = [], choice.act if isinstance(choice.act, int) else min(choice.act)
-    if isinstance(choice.act, tuple):
+    found, parts = [], act_parts(choice.act)
+    if len(parts) > 1:
         found.append("activation bits per step: the most of its steps throughout")
-    if least < 16 and node.get("attention"):
+    if node.get("attention") and any(output_rounding(a) != 16 for a in parts):
         found.append("its output (Q, K or V) is not quantized")
-    if least < 16 and node.get("split") is not None:
+    if any(a != 16 for a in parts) and node.get("split") is not None:
         found.append("one range of the input, not one on each side of the skip")
     return found
 
@@ -90,8 +90,8 @@ def activation_losses(choice: LayerChoice, node: Node) -> list[str]:
 def losses_of_all(config: QuantConfig) -> list[str]:
     """What every library loses of the configuration as a whole."""
     found = ["ranges of the weights are the library's own: ours are shrunk to the least error"]
-    acts = [b for c in config.layers.values() for b in ((c.act,) if isinstance(c.act, int) else c.act)]
-    if any(b < 16 for b in acts):
+    acts = {a for c in config.layers.values() for a in act_parts(c.act)}
+    if any(output_rounding(a) != 16 for a in acts):
         found.append("softmax outputs, 8 bits here, are not quantized")
     if config.correction:
         found.append(f"noise correction {config.correction} is not applied")
@@ -109,9 +109,9 @@ def code_bits(scheme: Scheme, shape: tuple[int, ...]) -> int:
     return ceil(scheme.code_bits(prod(shape[2:])) - 1e-9)
 
 
-def most_bits(choice: LayerChoice) -> int:
-    """A layer's activation bits, the most of its steps."""
-    return choice.act if isinstance(choice.act, int) else max(choice.act)
+def closest_act(choice: LayerChoice) -> Rounding:
+    """How a layer's activations are rounded, of its steps the way that is closest to full precision."""
+    return closest(act_parts(choice.act))
 
 
 def even_group(scheme: Scheme, row: int) -> int | None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from aquabit.exports.statement import Form, Node, code_bits, even_group, most_bits, uneven_groups
-from aquabit.scheme import FP, LayerChoice
+from aquabit.exports.statement import Form, Node, closest_act, code_bits, even_group, uneven_groups
+from aquabit.scheme import FP, LayerChoice, Scheme, act_text
+
+SCALES = "torchao's scales of inputs at i8 are the largest value / 127.5, not / 127"
 
 
 def layer(choice: LayerChoice, node: Node) -> Form:
-    """A linear layer with activations below 16 bits gets dynamic 8-bit ones; all else is weight-only."""
-    scheme, shape, act = choice.weight, tuple(node["shape"]), most_bits(choice)
+    """A linear layer with rounded activations gets dynamic ones of 8 bits: asymmetric integers, or symmetric
+    ones beside int8 weights, or float8 beside float8; all else is weight-only."""
+    scheme, shape, act = choice.weight, tuple(node["shape"]), closest_act(choice)
     if scheme == FP:
-        return Form(None, "fp", [f"a{act} of a weight in full precision"])
+        return Form(None, "fp", [f"{act_text(act)} of a weight in full precision"])
     row, lost, symmetric = prod(shape[1:]), list[str](), scheme.kind == "int"
     bits, group = code_bits(scheme, shape), even_group(scheme, row)
     if len(shape) == 4:
-        if act < 16:
+        if act != 16:
             lost.append(f"input at 16 bits instead of {act}: convolutions are weight-only")
         if scheme.range_group is not None and scheme.range_group < row:
             lost.append(f"groups of {scheme.group} inputs: one range for each output channel and tap")
@@ -26,12 +29,21 @@ def layer(choice: LayerChoice, node: Node) -> Form:
         if shape[1] == 1:
             return Form(None, "fp", ["convolution of one input channel: a range would hold one weight"])
         return Form(weight_only(bits, None, symmetric), f"int{bits}, a16", lost)
+    if act == "f8" and scheme.kind == "fp8":
+        one = [] if scheme.per_channel else ["one scale of the input for all tokens, as its weight has"]
+        return Form(float8(scheme), f"{str(scheme).removesuffix('h')}, f8", one, True)
     lost += uneven_groups(scheme, row)
     where = "" if group is None else f" in groups of {group}"
-    if act >= 16:
+    if act == "i8" and symmetric and bits == 8 and group is None:
+        return Form(INT8, "int8, i8", [*lost, SCALES])
+    if act == 16:
         return Form(weight_only(bits, group, symmetric), f"int{bits}{where}, a16", lost)
-    if act != 8:
-        lost.append(f"input at 8 bits instead of {act}")
+    if act == "i8":
+        lost.append("asymmetric activations: symmetric ones are of int8 weights with a scale for each output")
+    elif act != 8:
+        lost.append(
+            f"input at 8 bits instead of {act}" if isinstance(act, int) else "input in int8, not float8"
+        )
     data = {
         "weight_dtype": _dtype(bits),
         "weight_granularity": granularity(group),
@@ -45,6 +57,16 @@ def layer(choice: LayerChoice, node: Node) -> Form:
         f"int{bits}{where}, a8",
         lost,
     )
+
+
+def float8(scheme: Scheme) -> dict[str, Any]:
+    """Both factors in float8, weights with a scale for each output or, as activations then too, one."""
+    data = {
+        "activation_dtype": _enum("torch.dtype", "float8_e4m3fn"),
+        "weight_dtype": _enum("torch.dtype", "float8_e4m3fn"),
+        "granularity": [_ROW if scheme.per_channel else _TENSOR] * 2,
+    }
+    return {"_type": "Float8DynamicActivationFloat8WeightConfig", "_version": 2, "_data": data}
 
 
 def weight_only(bits: int, group: int | None, symmetric: bool = False) -> dict[str, Any]:
@@ -78,6 +100,13 @@ def granularity(group: int | None) -> dict[str, Any]:
     return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group}}
 
 
+_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+_TENSOR: dict[str, Any] = {"_type": "PerTensor", "_version": 1, "_data": {}}
+INT8 = {
+    "_type": "Int8DynamicActivationInt8WeightConfig",
+    "_version": 2,
+    "_data": {"act_mapping_type": _enum("MappingType", "SYMMETRIC"), "granularity": _ROW},
+}
 _PACKING = {
     "intx_packing_format": _enum("IntxPackingFormat", "UNPACKED_TO_INT8"),
     "intx_choose_qparams_algorithm": _enum("IntxChooseQParamsAlgorithm", "AFFINE"),

@@ -22,7 +22,7 @@ from aquabit.exports.exported import Exported, lost_beside_weights
 from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, write_model
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.coded_scale import CodedScale
-from aquabit.scheme import AquabitError, Scheme
+from aquabit.scheme import Act, AquabitError, Scheme
 
 METHOD = "torchao"
 KINDS = ("int", "fp8", "nvfp4")
@@ -61,11 +61,13 @@ def write(exported: Exported, out: Path) -> list[str]:
     dense = dense_tensors(exported.network, found)
     tensors, about, forms = dict(dense), dict.fromkeys(dense, PLAIN), dict[str, Any]()
     for name, choice in found.items():
-        own = stored(exported.weights[first.get(name, name)], choice.weight)
+        own = stored(exported.weights[first.get(name, name)], choice.weight, choice.act)
         tensors |= {f"{name}._weight_{part}": tensor for part, tensor in own.parts.items()}
         about[f"{name}.weight"] = json.dumps(own.about())
-        forms[name] = config(choice.weight)
+        forms[name] = config(choice.weight, choice.act)
     said = [counted(exported, tensors), ROUNDED, *lost_beside_weights(exported.config)]
+    if any(choice.act == "i8" for choice in found.values()):
+        said.append(torchao.SCALES)
     described = {
         "quant_method": METHOD,
         "quant_type": {"default": torchao.whole(forms)},
@@ -89,8 +91,8 @@ class Stored(NamedTuple):
         return {"_type": self.kind, "_data": dict(self.attributes), "_tensor_data_names": list(self.parts)}
 
 
-def stored(weight: CodebookWeight, scheme: Scheme) -> Stored:
-    """The class and tensors of a weight [out, in]."""
+def stored(weight: CodebookWeight, scheme: Scheme, act: Act = 16) -> Stored:
+    """The class and tensors of a weight [out, in], whose inputs are rounded at "i8" and "f8"."""
     codes, (out, inputs) = weight.codes[:, 0].t().contiguous(), weight.shape
     wide = {"_type": "torch.dtype", "_data": "float32"}
     if scheme.kind == "nvfp4":
@@ -111,20 +113,41 @@ def stored(weight: CodebookWeight, scheme: Scheme) -> Stored:
     if scheme.kind == "fp8":
         about = {"_type": "KernelPreference", "_data": "AUTO"}
         parts = {"qdata": codes.view(torch.float8_e4m3fn), "scale": numbers}
-        rest = {"mm_config": None, "act_quant_kwargs": None, "kernel_preference": about}
+        rounding = _rounding("QuantizeTensorToFloat8Kwargs", _FLOAT8) if act == "f8" else None
+        rest = {"mm_config": None, "act_quant_kwargs": rounding, "kernel_preference": about}
         return Stored("Float8Tensor", parts, {"block_size": block, "dtype": wide, **rest})
     signed = (codes.to(torch.int16) - (1 << (scheme.bits - 1))).to(torch.int8)
     parts = {"qdata": signed, "scale": numbers, "zero_point": torch.zeros_like(numbers, dtype=torch.int8)}
     if scheme.bits == 8:
-        rest = {"act_quant_kwargs": None, "reduce_range": False}
+        rounding = _rounding("QuantizeTensorToInt8Kwargs", _INT8) if act == "i8" else None
+        rest = {"act_quant_kwargs": rounding, "reduce_range": False}
         return Stored("Int8Tensor", parts, {"block_size": block, "dtype": wide, **rest})
     bits = {"_type": "torch.dtype", "_data": f"int{scheme.bits}"}
     rest = {"target_dtype": bits, "activation_quantization": None}
     return Stored("IntxUnpackedToInt8Tensor", parts, {"block_size": block, "dtype": wide, **rest})
 
 
-def config(scheme: Scheme) -> dict[str, Any]:
+def _rounding(kind: str, data: dict[str, Any]) -> dict[str, Any]:
+    """How inputs are rounded, a scale for each token."""
+    return {"_type": kind, "_data": {"granularity": {"_type": "PerRow", "_data": {"dim": -1}}, **data}}
+
+
+_INT8 = {"mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"}, "reduce_range": False}
+_FLOAT8 = {
+    "float8_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"},
+    "mm_config": None,
+    "hp_value_lb": None,
+    "hp_value_ub": None,
+    "kernel_preference": {"_type": "KernelPreference", "_data": "AUTO"},
+}
+
+
+def config(scheme: Scheme, act: Act = 16) -> dict[str, Any]:
     """The configuration by which torchao would make such a weight itself."""
+    if act == "i8":
+        return torchao.INT8
+    if act == "f8":
+        return torchao.float8(scheme)
     row = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
     if scheme.kind == "nvfp4":
         return _config("NVFP4WeightOnlyConfig", {"use_dynamic_per_tensor_scale": True}, version=1)

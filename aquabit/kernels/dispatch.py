@@ -23,7 +23,7 @@ from aquabit.kernels.geometry import Geometry, Pair, padded, pair
 from aquabit.kernels.registry import numbered, weight_at
 from aquabit.kernels.request import MOST_ROWS, Accuracy, Format, Request, bucket, format_of
 from aquabit.kernels.timings import Table, Timings
-from aquabit.scheme import AquabitError
+from aquabit.scheme import AquabitError, Rounding, act_code, act_text, rounding_of
 
 REMEMBERED = 4096  # requests: of every layer of a large model, at some sizes
 FEW = 4  # tokens up to which the weight, not the arithmetic, takes the time
@@ -53,7 +53,7 @@ def static_order(request: Request) -> tuple[str, ...]:
     scalar codes with activations of at most 8 bits on the integer dot products of ``decode`` (unless there
     are only a few tokens), all else on tables before decoded tiles; the reference last.
     """
-    integers = request.format.scalar and request.act <= 8 and (request.rows > FEW or request.kind == "conv2d")
+    integers = request.format.scalar and request.integers and (request.rows > FEW or request.kind == "conv2d")
     native = ("decode", "lut") if integers else ("lut", "decode")
     triton = ("triton", "triton_int8") if request.rows <= TRITON_FEW else ("triton_int8", "triton")
     many = request.rows >= bucket(MOST_ROWS, prod(request.size) if request.kind == "conv2d" else 1)
@@ -74,8 +74,8 @@ def select(request: Request, timings: Table, backend: str | None = None) -> str:
         if why:
             can = ", ".join(name for name, reason in serving(request).items() if reason is None)
             raise AquabitError(
-                f"backend {backend!r} cannot run {request.kind} {request.format} at a{request.act}: {why};"
-                f" these can: {can}"
+                f"backend {backend!r} cannot run {request.kind} {request.format} at {act_text(request.act)}:"
+                f" {why}; these can: {can}"
             )
         return backend
     order = [name for name in static_order(request) if backend_named(name, BACKENDS).refuses(request) is None]
@@ -197,25 +197,27 @@ def codebook_linear(
     accuracy: Accuracy = "fast",
     backend: str | None = None,
     *,
-    act: int = 16,
+    act: Rounding = 16,
     dense: Tensor | None = None,
 ) -> Tensor:
     """x [..., in] times a coded weight [out, in], plus bias [out]: [..., out] in x's dtype.
 
     ``accuracy``: "exact" is float32 arithmetic (relative error 1e-6), "fast" stays within 1e-3. ``act``: x is
-    rounded to so many bits first, per token (16: off). ``backend`` names a kernel (default: see ``select``);
-    ``dense`` is the decoded weight where the caller keeps it. A CodebookWeight is arranged for the kernels at
-    its first call and remembered. Raises AquabitError for shapes, devices, accuracies or backends that do not
-    fit.
+    rounded first, per token: to so many bits, or as "i8" or "f8" (16: off). ``backend`` names a kernel
+    (default: see ``select``); ``dense`` is the decoded weight where the caller keeps it. A CodebookWeight is
+    arranged for the kernels at its first call and remembered. Raises AquabitError for shapes, devices,
+    accuracies or backends that do not fit.
     """
     _check(x, weight, x.shape[-1] if x.ndim else 0, accuracy, 2)
     number = _compiled(weight, backend)
     if number is not None:
-        return torch.ops.aquabit.coded_linear(x, bias, dense, number, weight.shape[0], accuracy, act)
+        return torch.ops.aquabit.coded_linear(
+            x, bias, dense, number, weight.shape[0], accuracy, act_code(act)
+        )
     own, form = _known(weight)
     request = linear_request(x, form, accuracy, act, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())
-    if act < 16 and not chosen.quantizes:
+    if act != 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "token")
     return chosen.linear(x, own, bias, request, dense)
 
@@ -231,14 +233,14 @@ def codebook_conv2d(
     accuracy: Accuracy = "fast",
     backend: str | None = None,
     *,
-    act: int = 16,
+    act: Rounding = 16,
     split: int | None = None,
     dense: Tensor | None = None,
 ) -> Tensor:
     """x [n, cin, h, w] or [cin, h, w] convolved with a coded weight [out, cin / groups, kh, kw]; as
     ``torch.nn.functional.conv2d``.
 
-    ``act``: x is rounded to so many bits first, per sample with zero in its range; ``split`` makes it two
+    ``act``: x is rounded first, per sample with zero in its range; ``split`` makes it two
     ranges, over channels ``[:split]`` and ``[split:]``. The rest as ``codebook_linear``.
     """
     if x.ndim == 3:
@@ -269,13 +271,13 @@ def codebook_conv2d(
     number = _compiled(weight, backend)
     if number is not None:
         y: Tensor = torch.ops.aquabit.coded_conv2d(
-            x, bias, dense, number, weight.shape, geometry.numbers, accuracy, act, split
+            x, bias, dense, number, weight.shape, geometry.numbers, accuracy, act_code(act), split
         )
         return y
     own, form = _known(weight)
     request = conv2d_request(x, form, geometry, accuracy, act, split, dense is not None)
     chosen = _chosen(own, request, backend, x.numel())
-    if act < 16 and not chosen.quantizes:
+    if act != 16 and not chosen.quantizes:
         x = fake_quantize(x, act, "sample", split)
     return chosen.conv2d(x, own, bias, request, dense)
 
@@ -286,13 +288,15 @@ def _compiled(weight: Weight, backend: str | None) -> int | None:
     return getattr(weight, "number", None) if torch.compiler.is_compiling() and backend is None else None
 
 
-def linear_request(x: Tensor, form: Format, accuracy: Accuracy, act: int, dense: bool = False) -> Request:
+def linear_request(
+    x: Tensor, form: Format, accuracy: Accuracy, act: Rounding, dense: bool = False
+) -> Request:
     """What ``codebook_linear`` asks for."""
     return _linear_request(form, x.numel(), accuracy, act, *_of(x, dense))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _linear_request(form: Format, elements: int, accuracy: Accuracy, act: int, *of: Any) -> Request:
+def _linear_request(form: Format, elements: int, accuracy: Accuracy, act: Rounding, *of: Any) -> Request:
     dtype, device, threads, dense, gradient = of
     return Request(
         "linear",
@@ -313,7 +317,7 @@ def conv2d_request(
     form: Format,
     geometry: Geometry,
     accuracy: Accuracy,
-    act: int,
+    act: Rounding,
     split: int | None,
     dense: bool = False,
 ) -> Request:
@@ -373,7 +377,7 @@ _library.define(
 def _coded_linear(
     x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: int, accuracy: Accuracy, act: int
 ) -> Tensor:
-    return codebook_linear(x, weight_at(number), bias, accuracy, act=act, dense=dense)
+    return codebook_linear(x, weight_at(number), bias, accuracy, act=rounding_of(act), dense=dense)
 
 
 @torch.library.register_fake("aquabit::coded_linear", lib=_library)
@@ -397,7 +401,8 @@ def _coded_conv2d(
 ) -> Tensor:
     g = Geometry.of(geometry)
     window = (g.stride, g.padding, g.dilation, g.groups)
-    y = codebook_conv2d(x, weight_at(number), bias, *window, accuracy, act=act, split=split, dense=dense)
+    options: dict[str, Any] = {"act": rounding_of(act), "split": split, "dense": dense}
+    y = codebook_conv2d(x, weight_at(number), bias, *window, accuracy, **options)
     return y.contiguous()  # as the fake says
 
 

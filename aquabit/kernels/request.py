@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from aquabit.activation_bits import Rounding, act_bits, act_text
 from aquabit.kernels.arranged import FUSED, Arranged, arranges
 from aquabit.kernels.arranged import _segments as segments_of
 from aquabit.kernels.codebook import CodebookWeight, Order
@@ -158,7 +159,7 @@ class Request(_Hashed):
     rows: int
     size: Pair = (0, 0)
     geometry: Geometry = UNPADDED
-    act: int = 16
+    act: Rounding = 16
     split: int | None = None
     accuracy: Accuracy = "fast"
     dtype: str = "float32"
@@ -170,17 +171,24 @@ class Request(_Hashed):
 
     @property
     def key(self) -> str:
-        """What its time is kept under. Activations of 8 bits and fewer take the same time; so do all that
-        is left to float kernels."""
+        """What its time is kept under. Activations of 8 bits and fewer take the same time, but for those that
+        are symmetric or float8; so do all that is left to float kernels."""
         conv = ""
         if self.kind == "conv2d":
             numbers = (*self.size, *self.geometry.numbers, self.split or 0)
             conv = f" at {'x'.join(map(str, numbers[:2]))} " + ",".join(map(str, numbers[2:]))
-        act = 16 if self.act >= 16 else 8 if self.act <= 8 else 15
+        act: Rounding = self.act
+        if isinstance(act, int):
+            act = 16 if act >= 16 else 8 if act <= 8 else 15
         return (
-            f"{self.kind} {self.format} {self.rows} rows{conv} a{act} {self.accuracy} {self.dtype}"
+            f"{self.kind} {self.format} {self.rows} rows{conv} {act_text(act)} {self.accuracy} {self.dtype}"
             f" {self.device}"
         )
+
+    @property
+    def integers(self) -> bool:
+        """Whether activations are integers of at most 8 bits."""
+        return self.act != "f8" and act_bits(self.act) <= 8
 
     @property
     def multiply_adds(self) -> int:

@@ -55,10 +55,13 @@ from aquabit.scheme import (
     Measurement,
     Protocol,
     QuantConfig,
+    Rounding,
     Scheme,
     StepGroups,
+    act_parts,
     act_text,
     digest,
+    output_rounding,
 )
 
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
@@ -178,16 +181,16 @@ class Evaluator:
         acts: Sequence[Act],
         protocol: Protocol,
         base: QuantConfig,
-        act: int,
+        act: Rounding,
         steps: StepGroups | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """What fitted schemes of a layer, and activation choices ("a8", "a6/8" of groups of ``steps``), do
-        alone.
+        """What fitted schemes of a layer, and activation choices ("a8", "i8", "a6/8" of groups of
+        ``steps``), do alone.
 
         ``damage`` is the mean squared deviation of PROBE_IMAGES images from full precision where it is the
         only change, ``sketch`` a fixed random projection of the deviations, SKETCH numbers: sketches add up
         as deviations do to first order. A scheme that is fitted for rounded activations is probed with
-        them, at ``act`` bits, against images with that layer's activations rounded alone. ``base``: how
+        them, at ``act``, against images with that layer's activations rounded alone. ``base``: how
         schemes are fitted.
         """
         batch = min(PROBE_IMAGES, protocol.micro_batch)
@@ -334,14 +337,16 @@ class Evaluator:
             return row, found
 
         def gates(name: str, x: Tensor, step: int) -> dict[str, Tensor]:
-            layer, found, rounded = layers[name], dict[str, Tensor](), dict[int, Tensor]()
+            layer, found, rounded = layers[name], dict[str, Tensor](), dict[Rounding, Tensor]()
             y = layer.forward(x)
             for act in acts:
-                bits = act if isinstance(act, int) else act[steps.of(step)]  # type: ignore[union-attr]
-                if bits not in rounded:
-                    out = straight_through(y, bits, "token") - y if name in attention else 0.0
-                    rounded[bits] = layer.forward(layer.quantized_input(x, bits)) - y + out
-                found[act_text(act)] = rounded[bits]
+                parts = act_parts(act)
+                own = parts[0] if steps is None or len(parts) == 1 else parts[steps.of(step)]
+                if own not in rounded:
+                    after = output_rounding(own) if name in attention else 16
+                    out = straight_through(y, after, "token") - y if after != 16 else 0.0
+                    rounded[own] = layer.forward(layer.quantized_input(x, own)) - y + out
+                found[act_text(act)] = rounded[own]
             return found
 
         with single_thread(self.device), self.quantized.bank_in_use():

@@ -94,7 +94,7 @@ def _probe(
     """Probe cells that are fitted: as their damage, or ``beside`` the one that they have."""
     if not wanted:
         return
-    act, rows, known = max(space.activations), dict[str, list[str]](), study.features()
+    act, rows, known = space.closest_act, dict[str, list[str]](), study.features()
     by_text: dict[str, Act] = {act_text(a): a for a in space.act_choices}
     for layer, name in wanted:
         rows.setdefault(layer, []).append(name)

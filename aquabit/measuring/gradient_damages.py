@@ -72,7 +72,7 @@ def _sketched(
     what: str,
 ) -> list[Any]:
     """The sketches of all images, by micro-batch; from the study where it has them."""
-    top = max(space.activations)
+    top = space.closest_act
     layers = [k for k, row in space.choices.items() if row != (FP,)]
     like = QuantConfig(
         space.fingerprint,

@@ -15,7 +15,7 @@ from aquabit.kernels.time_requests import interleaved, measure_missing
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.quant.kernel_tuning import Asked, at_scheme, example_call, milliseconds, requests_of, tune
 from aquabit.quant.model import QuantizedDenoiser
-from aquabit.scheme import FP, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import FP, Progress, Protocol, QuantConfig, Rounding, no_progress
 from aquabit.scheme_kinds import UNIFORM
 from aquabit.space import SearchSpace
 
@@ -41,13 +41,13 @@ def latency_table(
     activations = tuple(dict.fromkeys((16, *space.activations)))
     layers = _layer_table(asked, space, activations, progress)
     known = Latency(layers, activations, 0.0)
-    config = space.level(*TYPICAL, max(space.activations))
+    config = space.level(*TYPICAL, space.closest_act)
     whole = packed_latencies(evaluator, [config], progress, protocol)[0]
     return Latency(layers, activations, max(0.0, whole - float(known.of(Choices.of(space, [config])).sum())))
 
 
 def _layer_table(
-    asked: Asked, space: SearchSpace, activations: tuple[int, ...], progress: Progress
+    asked: Asked, space: SearchSpace, activations: tuple[Rounding, ...], progress: Progress
 ) -> np.ndarray:
     """[layers, schemes, activations] milliseconds, NaN where a layer may not take it."""
     cells = []

@@ -39,7 +39,7 @@ def uniform_references(space: SearchSpace) -> list[QuantConfig]:
     """What random configurations are seen beside: one scheme for all layers, and the layers' additive
     formats at each level they have. Of a target's space, each scheme that at least half of the free layers
     may take: nothing that cannot be deployed."""
-    act = max(space.activations)
+    act = space.closest_act
     if space.target is not None:
         free = [space.choices[k] for k in space.free_layers()]
         usual = [s for s in space.schemes if s != FP and 2 * sum(s in row for row in free) >= len(free)]

@@ -14,7 +14,7 @@ from aquabit.measuring.output_errors import StepErrors
 from aquabit.quality import QualityOptions
 from aquabit.quant.bank import Bank
 from aquabit.runtime import out_of_memory
-from aquabit.scheme import Act, AquabitError, Calibration, QuantConfig, StepGroups
+from aquabit.scheme import Act, AquabitError, Calibration, QuantConfig, Rounding, StepGroups
 from aquabit.scheme import Protocol as MeasuringProtocol
 from aquabit.user_code import search_in
 
@@ -124,7 +124,7 @@ class Probe:
     acts: tuple[Act, ...]
     protocol: MeasuringProtocol
     base: QuantConfig
-    act: int
+    act: Rounding
     steps: StepGroups | None = None
 
     def run(self, evaluator: Evaluator) -> Facts:

@@ -24,7 +24,7 @@ from aquabit.kernels.timings import machine
 from aquabit.quant.artifact import contents_of, is_packed, load_packed_denoiser
 from aquabit.quant.kernel_tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.quant.layers import Setting
-from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
+from aquabit.scheme import FP, AquabitError, Progress, Rounding, Scheme, no_progress
 
 ADDITIVE = ("aq1x8g8", "aq2x6g8", "aq4x4g8", "aq2x8g8", "aq2x6k", "aq4x4k")
 FORMATS = ("usq2", "usq3", "usq4", "usq8", "vq4", "vq3c", *ADDITIVE)
@@ -42,7 +42,7 @@ class Row:
 
     format: str
     shape: str
-    act: int
+    act: Rounding
     machine: dict[str, str]
     milliseconds: dict[str, float]
     dense: dict[str, float]  # dtype -> milliseconds
@@ -68,7 +68,7 @@ def torch_threads(count: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def parse_shape(text: str, scheme: Scheme, act: int = 16) -> Request:
+def parse_shape(text: str, scheme: Scheme, act: Rounding = 16) -> Request:
     """``4608x1152@256`` (outputs x inputs @ tokens) or ``384x384x3x3@32`` (a convolution's weight @ side,
     or height x width, of one image, padded to keep its size) as a request; raises AquabitError for other
     text."""
@@ -95,7 +95,7 @@ def parse_shape(text: str, scheme: Scheme, act: int = 16) -> Request:
 
 
 def bench_formats(
-    formats: str | None = None, shapes: str | None = None, act: int = 8, progress: Progress = no_progress
+    formats: str | None = None, shapes: str | None = None, act: Rounding = 8, progress: Progress = no_progress
 ) -> list[Row]:
     """Every format at every shape that it fits, measured now with torch's threads; what the table of timings
     lacks is added to it.

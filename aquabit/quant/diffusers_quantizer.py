@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from aquabit.scheme import FP, METHOD, AquabitError, LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import FP, METHOD, AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
 
 logger = logging.get_logger("diffusers.quantizers.aquabit")
 
@@ -63,9 +63,9 @@ class AquabitConfig(QuantizationConfigMixin):
 
     ``weights`` is one scheme for all Linear and Conv2d layers ("usq4"), a mapping of layer names or patterns
     to schemes ({"proj_out": "fp", "*.attn1.*": "usq4", "*": "usq3"}; the first that matches counts, and what
-    none matches stays in full precision), or a whole ``QuantConfig``. ``act`` are the activation bits of the
-    quantized layers: 16 (off, the default), 8, 6 or 4. ``modules_to_not_convert`` names modules whose layers
-    stay in full precision, as in diffusers' other configurations.
+    none matches stays in full precision), or a whole ``QuantConfig``. ``act`` are the activations of the
+    quantized layers: 16 (off, the default), 8, 6, 4, "i8" or "f8". ``modules_to_not_convert`` names modules
+    whose layers stay in full precision, as in diffusers' other configurations.
 
     Fitted to the weights alone: for schemes with H, static ranges, fine-tuning and noise correction use
     ``aquabit.quantize``. Where a model cannot be followed (the inputs of its class are not known, or sizes
@@ -77,7 +77,7 @@ class AquabitConfig(QuantizationConfigMixin):
     def __init__(
         self,
         weights: str | Mapping[str, str] | QuantConfig = "usq4",
-        act: int | None = None,
+        act: Rounding | None = None,
         facts: Mapping[str, Any] | None = None,
         modules_to_not_convert: str | Sequence[str] | None = None,
     ):

@@ -20,7 +20,7 @@ from aquabit.kernels.geometry import Geometry, padded
 from aquabit.kernels.request import Format, Request, format_of, format_of_layout, full_format, hollow_weight
 from aquabit.kernels.time_requests import best_of, measure_missing
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
-from aquabit.scheme import FP, AquabitError, Progress, Scheme, no_progress
+from aquabit.scheme import FP, AquabitError, Progress, Rounding, Scheme, no_progress
 
 MEMORY = ("packed", "auto")  # no dense copies; copies where they save most time per byte
 COPIES = 0.25  # of the dense size: at most so much for copies
@@ -88,7 +88,7 @@ def requests_of(layers: Layers, call: Callable[[], object]) -> Asked:
     return found
 
 
-def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: int) -> Request:
+def _request(layer: QuantLinear | QuantConv2d, x: Tensor, act: Rounding) -> Request:
     form = full_format(layer.shape) if layer.packed is None else format_of(layer.packed)
     if isinstance(layer, QuantLinear):
         return linear_request(x, form, layer.accuracy, act)
@@ -208,6 +208,6 @@ def format_for(scheme: Scheme, shape: tuple[int, ...]) -> Format:
     return replace(form, unarranged=arranges(hollow_weight(form)))
 
 
-def at_scheme(request: Request, scheme: Scheme, act: int) -> Request:
-    """The same call of a layer that has another scheme and other activation bits."""
+def at_scheme(request: Request, scheme: Scheme, act: Rounding) -> Request:
+    """The same call of a layer that has another scheme and other activations."""
     return replace(request, format=format_for(scheme, request.format.shape), act=act)

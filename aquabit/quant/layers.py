@@ -21,17 +21,17 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import device_of, held
 from aquabit.kernels.registry import numbered
 from aquabit.quant.lora import LowRank
-from aquabit.scheme import FP, AquabitError, Scheme
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme, act_text
 
 Range = tuple[float, float]  # the smallest and the largest value of a static quantizer
 
 
 class Setting(NamedTuple):
-    """How a layer's activations are quantized in a step: bits of its input and of its output, and their
+    """How a layer's activations are quantized in a step: how its input and its output are rounded, and their
     ranges where those are static (two of an input with ``split``)."""
 
-    act: int = 16
-    act_output: int = 16
+    act: Rounding = 16
+    act_output: Rounding = 16
     ranges: tuple[Range, ...] | None = None
     range_output: Range | None = None
 
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 class _QuantLayer(nn.Module):
     """State that both kinds share.
 
-    ``act`` are the bits of the layer's input (16 = off), ``act_output`` those of its output (Q, K and V),
+    ``act`` says how the layer's input is rounded (16 = off), ``act_output`` its output (Q, K and V),
     ``split`` the channel where a concatenated skip begins: then the input has two ranges. ``ranges`` and
     ``range_output`` are those of static quantizers (None: each token or sample has its own), ``shares`` the
     activation bits that the layer has while sampling, by share of the steps. In dense mode ``weight`` is a
@@ -57,10 +57,11 @@ class _QuantLayer(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None = None):
         super().__init__()
         self.shape, self.split, self.scheme = tuple(weight.shape), split, FP
-        self.act, self.act_output = 16, 16
+        self.act: Rounding = 16
+        self.act_output: Rounding = 16
         self.ranges: tuple[Range, ...] | None = None
         self.range_output: Range | None = None
-        self.shares: dict[int, float] = {}
+        self.shares: dict[Rounding, float] = {}
         self.accuracy: Accuracy = "fast"
         self._packed: CodebookWeight | Arranged | None = None
         self._shared: Tensor | None = None  # codebooks that other layers hold, too, as they are to be
@@ -102,8 +103,8 @@ class _QuantLayer(nn.Module):
     def set_activations_(self, setting: Setting) -> None:
         self.act, self.act_output, self.ranges, self.range_output = setting
 
-    def kernel_acts(self) -> dict[int, float]:
-        """The activation bits that kernels are asked for, by share of the steps: 16 where ranges are
+    def kernel_acts(self) -> dict[Rounding, float]:
+        """The roundings that kernels are asked for, by share of the steps: 16 where ranges are
         static, since then they read what is rounded already."""
         return {16: 1} if self.ranges is not None else self.shares or {self.act: 1}
 
@@ -193,7 +194,7 @@ class _QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{'x'.join(map(str, self.shape))}, {self.scheme}, a{self.act},"
+            f"{'x'.join(map(str, self.shape))}, {self.scheme}, {act_text(self.act)},"
             f" {'dense' if self.packed is None else 'packed'}"
         )
 
@@ -250,11 +251,11 @@ class QuantLinear(_QuantLayer):
         super().__init__(weight, bias, split)
         self.out_features, self.in_features = weight.shape
 
-    def quantized_input(self, x: Tensor, bits: int) -> Tensor:
-        """x [..., in] as the layer reads it at ``bits`` (16: x itself)."""
+    def quantized_input(self, x: Tensor, act: Rounding) -> Tensor:
+        """x [..., in] as the layer reads it at ``act`` (16: x itself)."""
         if self.ranges is None:
-            return straight_through(x, bits, "token")
-        return fake_quantize_static(x, bits, *self.ranges[0])
+            return straight_through(x, act, "token")
+        return fake_quantize_static(x, act, *self.ranges[0])
 
     def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
         """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
@@ -294,13 +295,13 @@ class QuantConv2d(_QuantLayer):
         self.groups = like.groups
         self.kernel_size = like.kernel_size
 
-    def quantized_input(self, x: Tensor, bits: int) -> Tensor:
-        """x [n, cin, h, w] as the layer reads it at ``bits`` (16: x itself)."""
+    def quantized_input(self, x: Tensor, act: Rounding) -> Tensor:
+        """x [n, cin, h, w] as the layer reads it at ``act`` (16: x itself)."""
         if self.ranges is None:
-            return straight_through(x, bits, "sample", self.split)
+            return straight_through(x, act, "sample", self.split)
         parts = (x,) if self.split is None else (x[:, : self.split], x[:, self.split :])
         rounded = [
-            fake_quantize_static(part, bits, *ends) for part, ends in zip(parts, self.ranges, strict=True)
+            fake_quantize_static(part, act, *ends) for part, ends in zip(parts, self.ranges, strict=True)
         ]
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, 1)
 

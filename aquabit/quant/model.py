@@ -39,6 +39,7 @@ from aquabit.scheme import (
     Progress,
     QuantConfig,
     Scheme,
+    act_parts,
     no_progress,
 )
 
@@ -370,7 +371,7 @@ class QuantizedDenoiser:
 
     def _is_applied(self, config: QuantConfig) -> bool:
         """Whether every layer is as ``apply`` leaves it."""
-        acts = {n: c.act if isinstance(c.act, int) else c.act[0] for n in self.layers for c in [config[n]]}
+        acts = {n: act_parts(config[n].act)[0] for n in self.layers}
         return all(
             layer.act == acts[n] and self._current[n] == self._identity(n, config)
             for n, layer in self.layers.items()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aquabit.quant.correction.sampling import Watcher, steps_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting
-from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.scheme import AquabitError, QuantConfig, act_parts, output_rounding
 
 Layers = Mapping[str, QuantLinear | QuantConv2d]
 
@@ -40,18 +40,17 @@ def _rows(
     table: Tensor | None,
     total: int | None,
 ) -> list[Setting]:
-    act = config[name].act
-    inputs = input_parts(layer)
+    parts, inputs = act_parts(config[name].act), input_parts(layer)
 
     def setting(step: int) -> Setting:
-        bits = act if isinstance(act, int) else act[config.steps.of(step)]  # type: ignore[union-attr]  # groups come with tuples
-        out = bits if output else 16
-        if table is None or bits >= 16:
-            return Setting(bits, out)
+        own = parts[0] if config.steps is None or len(parts) == 1 else parts[config.steps.of(step)]
+        out = output_rounding(own) if output else 16
+        if table is None or own == 16:
+            return Setting(own, out)
         ends = [(float(low), float(high)) for low, high in table[config.range_part(name, step)]]
-        return Setting(bits, out, tuple(ends[:inputs]), ends[inputs] if output else None)
+        return Setting(own, out, tuple(ends[:inputs]), ends[inputs] if out != 16 else None)
 
-    changing = isinstance(act, tuple) or (table is not None and len(table) > 1)
+    changing = len(parts) > 1 or (table is not None and len(table) > 1)
     assert total is not None or not changing
     return [setting(step) for step in range(total or 1)] if changing else [setting(0)]
 
@@ -66,7 +65,7 @@ def share_out_(config: QuantConfig, layers: Layers, settings: Mapping[str, list[
     for name, layer in layers.items():
         layer.set_activations_(settings[name][0])
         act = config[name].act
-        layer.shares = {} if isinstance(act, int) else {bits: config.share(name, bits) for bits in set(act)}
+        layer.shares = {a: config.share(name, a) for a in set(act)} if isinstance(act, tuple) else {}
 
 
 class StepSwitch(Watcher):

@@ -36,7 +36,7 @@ def feature_sums(encoder: Encoder, each: Choices) -> list[FeatureSum | None]:
     """
     weights, floor = each.weights.T, encoder.FLOOR
     rows = np.arange(len(weights))[:, None]
-    low, order = (part.T for part in encoder.activation_reduction(each.group_bits))
+    low, order = (part.T for part in encoder.activation_reduction(each.group_codes))
     tables = {
         "error": encoder.error[rows, weights],
         "low": low,

@@ -104,7 +104,7 @@ def plain_space(space: SearchSpace) -> SearchSpace:
             own = space.code_bits(first, row[0])
             choices[layer] = (min(plain, key=lambda s, first=first: abs(space.code_bits(first, s) - own)),)  # type: ignore[misc]
     about = space.operators, space.kernel_area, space.model
-    return SearchSpace(space.fingerprint, choices, (max(space.activations),), *about, tied=space.tied)
+    return SearchSpace(space.fingerprint, choices, (space.closest_act,), *about, tied=space.tied)
 
 
 def _answer(

@@ -11,7 +11,7 @@ import numpy as np
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
-from aquabit.scheme import FP, Act, Budget
+from aquabit.scheme import FP, Act, Budget, Rounding
 from aquabit.space import SearchSpace
 from aquabit.tied_groups import Groups
 
@@ -20,17 +20,17 @@ Predict = Callable[[Choices], np.ndarray]  # n rows -> [n], larger = worse
 
 def activation_choices(space: SearchSpace, budget: Budget | None = None) -> tuple[Act, ...]:
     """Activation choices open to a search: all of the space's, those that change between groups of steps
-    included, where BOPs or latency are limited, which depend on them, else a8 alone (or the highest the
-    space has)."""
+    included, where BOPs or latency are limited, which depend on them, else a8 alone (or the closest to full
+    precision that the space has)."""
     if budget is not None and (budget.bops is not None or budget.latency_ms is not None):
         return space.act_choices
-    return (8,) if 8 in space.activations else (max(space.activations),)
+    return (8,) if 8 in space.activations else (space.closest_act,)
 
 
-def fixed_act(activations: tuple[Act, ...]) -> int | None:
-    """The activation bits of all layers where there is no choice, else None."""
+def fixed_act(activations: tuple[Act, ...]) -> Rounding | None:
+    """The activations of all layers where there is no choice, else None."""
     first = activations[0]
-    return first if len(activations) == 1 and isinstance(first, int) else None
+    return None if len(activations) > 1 or isinstance(first, tuple) else first
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from aquabit.cost import CostModel
 from aquabit.graph import layers
 from aquabit.measuring.latency import latency_table
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, Calibration, Progress, Protocol, QuantConfig, no_progress
+from aquabit.scheme import FP, Calibration, Progress, Protocol, QuantConfig, act_parts, no_progress
 from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
 from aquabit.search.search_options import SearchOptions, ladder
@@ -101,7 +101,11 @@ class Search:
             return False
         nodes, model = layers(graph), str(graph.graph.get("model_class"))
         rows = config.layers.items()
-        return goal is None or all(goal.refusal(c.weight, k, nodes[k], model) is None for k, c in rows)
+        return goal is None or all(
+            goal.refusal(c.weight, k, nodes[k], model) is None
+            and all(goal.beside(c.weight, act) is None for act in act_parts(c.act))
+            for k, c in rows
+        )
 
     def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:
         """digest -> a metric under a protocol, larger = worse; NaN where the measurement failed."""

@@ -84,7 +84,7 @@ def _between(points: list[tuple[float, float]], error: float) -> float:
 
 def _prices(space: SearchSpace, costs: CostModel, expected: np.ndarray, bits: float) -> np.ndarray:
     """Prices of a byte at which the least sum of damage and price has within REACH of ``bits`` per weight."""
-    act, groups = max(space.activations), space.groups
+    act, groups = space.closest_act, space.groups
     sizes = groups.sums(costs.bytes.astype(float))
 
     def size(price: float) -> float:

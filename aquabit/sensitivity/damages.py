@@ -13,11 +13,11 @@ from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.maximum_entropy import Gibbs, solve_gibbs
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, Act, AquabitError, Scheme, act_text
+from aquabit.scheme import FP, Act, AquabitError, Rounding, Scheme, act_text
 from aquabit.space import SearchSpace
 
 BUDGET_TOLERANCE_BITS = 0.25  # contexts lie within this many real bits per weight of the budget
-CONTEXT_ACT = 8  # activation bits of contexts where the space has them, else its highest
+CONTEXT_ACT = 8  # activation bits of contexts where the space has them, else its closest to full precision
 # of good configurations: 1.05 to 2 times the least damage
 EXCESSES = tuple(float(e) for e in np.geomspace(0.05, 1, 6))
 TUNING = 10  # solves that may go into finding the nominal mean; at either end of a space none may fit
@@ -96,9 +96,9 @@ def gibbs(damages: Damages, costs: CostModel, bits: float, excesses: Sequence[fl
     return solve_gibbs(groups.sums(damages.weights), sizes, bits, excesses)
 
 
-def context_act(space: SearchSpace) -> int:
-    """Activation bits of contexts."""
-    return CONTEXT_ACT if CONTEXT_ACT in space.activations else max(space.activations)
+def context_act(space: SearchSpace) -> Rounding:
+    """Activations of contexts."""
+    return CONTEXT_ACT if CONTEXT_ACT in space.activations else space.closest_act
 
 
 def check_budget_in_reach(space: SearchSpace, costs: CostModel, bits: float) -> None:

@@ -20,6 +20,7 @@ from aquabit.scheme import (
     LayerChoice,
     Progress,
     QuantConfig,
+    Rounding,
     Scheme,
     no_progress,
     parse_swap,
@@ -122,7 +123,7 @@ def near(
     count: int,
     seed: int,
     bits_range: tuple[float, float] = BITS_RANGE,
-    act: int | None = None,
+    act: Rounding | None = None,
 ) -> list[QuantConfig]:
     """``count`` good configurations: draws of ``damages.gibbs`` with mean bits uniform over what the space
     reaches of ``bits_range``, and an excess damage log-uniform over EXCESSES.
@@ -148,11 +149,11 @@ class _Near:
         self.groups, rows = self.space.groups, list(self.space.choices.values())
         self.excluded = np.array([rows[i] == (FP,) for i in self.groups.first])
 
-    def __call__(self, rng: np.random.Generator, act: int | None) -> QuantConfig:
+    def __call__(self, rng: np.random.Generator, act: Rounding | None) -> QuantConfig:
         odds = self._odds(rng.uniform(self.means[0], self.means[-1]), int(rng.integers(len(EXCESSES))))
         weights = odds.draw(1, rng)[:, self.groups.index]
         share = rng.uniform() if rng.random() < 0.5 and act is None else 0.0
-        drawn = Choices.at(self.space, weights, max(self.space.activations) if act is None else act)
+        drawn = Choices.at(self.space, weights, self.space.closest_act if act is None else act)
         if share > 0 and not self.excluded.all():
             levels = self.space.act_choices
             others = [levels.index(a) for a in self.space.lower_acts(share, rng)]
@@ -173,7 +174,7 @@ class _Near:
 
     def _low(self, choice: np.ndarray, share: float, beta: float, rng: np.random.Generator) -> np.ndarray:
         """Boolean [G]: which groups of layers take their lower activation, ``choice`` of the space's."""
-        rows, highest = np.arange(len(choice)), self.space.act_choices.index(max(self.space.activations))
+        rows, highest = np.arange(len(choice)), self.space.act_choices.index(self.space.closest_act)
         damage = self.groups.sums(self.damages.acts)
         worse = damage[rows, choice] - damage[:, highest]
         return np.asarray(rng.random(len(choice)) < share_odds(beta * worse, ~self.excluded, share))
@@ -263,7 +264,7 @@ class _Balanced:
             low = (rng.permutation(BLOCK) + rng.random(BLOCK)) / BLOCK < lower
             excluded = self.space.choices[group[0]] == (FP,)
             for row, level, is_low, acts in zip(rows, bits[:, i], low, others, strict=True):
-                act: Act = acts[int(rng.integers(len(acts)))] if is_low else max(self.space.activations)
+                act: Act = acts[int(rng.integers(len(acts)))] if is_low else self.space.closest_act
                 scheme = self._deal(i, float(level), rng)
                 row |= {k: self.space.choice(k, scheme, 16 if excluded else act) for k in group}
         return [self.space.config(row) for row in rows]

@@ -8,18 +8,27 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from aquabit.choices import Choices, by_group, in_order
+from aquabit.choices import Choices, by_group, by_rounding, in_order
 from aquabit.graph import layers as graph_layers
 from aquabit.measuring.evaluator import SKETCH
-from aquabit.scheme import ACTIVATION_BITS, FP, AquabitError, QuantConfig, act_text
+from aquabit.scheme import FP, ROUNDINGS, AquabitError, QuantConfig, Rounding, act_bits, act_code, act_text
 from aquabit.space import SearchSpace
+
+# Bits between the smallest and the largest value that have the same squared error: on normal tokens of 64 to
+# 1,024 values, as they are and behind a GELU, "i8" has that of 7.1 to 7.9 bits, "f8" that of 5.6 to 6.2
+EQUAL_BITS: Mapping[Rounding, float] = {"i8": 7.5, "f8": 5.9}
+
+
+def reduction(rounding: Rounding) -> float:
+    """How low a rounding is: a6 = 1, a8 = 0, a16 = -1/2, "i8" and "f8" as their ``EQUAL_BITS``."""
+    return max(8 - EQUAL_BITS.get(rounding, act_bits(rounding)), -1) / 2
 
 
 class Encoder:
     """Configurations to surrogate features: what each layer does, and operator, block and model aggregates.
 
     ``errors`` maps (layer, scheme) to the relative squared weight error. Columns of one layer are
-    ``weight:NAME`` (log10 of the error) and ``act:NAME`` (bits below 8); ``error:`` and ``actshare:`` columns
+    ``weight:NAME`` (log10 of the error) and ``act:NAME`` (``reduction``); ``error:`` and ``actshare:`` ones
     are their means over an operator type, a block, or the model. ``probes`` maps (layer, scheme) and (layer,
     "a6") to what happens to a few images when it is the only change: then ``damage:`` columns are added for
     layers and groups, and ``shift:`` columns, squared lengths of the summed sketches, which see where layers
@@ -63,7 +72,7 @@ class Encoder:
         if space.steps is not None:
             self.columns += [f"order:{n}" for n in names] + [f"ordershare:{g}" for g in self.groups]
             self.members += [*own, *grouped]
-        self.levels = in_order((*ACTIVATION_BITS, *space.act_choices))  # activation choices that are known
+        self.levels = in_order((*ROUNDINGS, *space.act_choices))  # activation choices that are known
         self.probed = probes is not None and self._probe_tables(probes)
         if self.probed:
             self.columns += [f"damage:{n}" for n in (*names, *self.groups)]
@@ -121,22 +130,23 @@ class Encoder:
         """Columns [n, layers] of ``damage`` and ``sketch`` that activation choices have."""
         return len(self.space.schemes) + choices.act_index(self.levels)
 
-    def activation_reduction(self, group_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How low activation bits [..., groups] are: a6 = 1, a8 = 0, a16 = -1/2, as the mean over steps,
-        and in the last group of steps less that in the first, each [...]."""
-        low = np.maximum(8 - group_bits, -1) / 2.0
+    def activation_reduction(self, group_codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How low activations [..., groups] are, by their codes (``reduction``), as the mean over steps, and
+        in the last group of steps less that in the first, each [...]."""
+        low = by_rounding(reduction)[group_codes]
         return self.space.over_steps(low), low[..., -1] - low[..., 0]
 
     def level_reduction(self) -> tuple[np.ndarray, np.ndarray]:
         """``activation_reduction`` of each of ``levels``, each [levels, 1]."""
         groups = 1 if self.space.steps is None else len(self.space.steps.starts)
-        return self.activation_reduction(np.array([by_group(a, groups) for a in self.levels])[:, None])
+        parts = [[act_code(part) for part in by_group(a, groups)] for a in self.levels]
+        return self.activation_reduction(np.array(parts)[:, None])
 
     def __call__(self, choices: Choices) -> np.ndarray:
         """Features [n, columns] of rows, float32."""
         weights, rows = choices.weights, np.arange(choices.weights.shape[1])
         error = self.error[rows, weights]
-        low, order = self.activation_reduction(choices.group_bits)
+        low, order = self.activation_reduction(choices.group_codes)
         bits = (self.bits[rows, weights] * self.size_share).sum(1, keepdims=True)
         size = self.incidence.sum(0)
         parts = [

@@ -242,7 +242,7 @@ class Planner:
         """Raise AquabitError for a budget that the space cannot meet, and for a swap that no layer can
         make."""
         costs = CostModel(self.opened.graph, self.space)
-        costs.check(Budget(bits=bits), max(self.space.activations))
+        costs.check(Budget(bits=bits), self.space.closest_act)
         named_swap(self.space, swap)
 
     def _runs(self, protocol: Protocol) -> tuple[int, int]:

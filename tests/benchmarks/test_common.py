@@ -20,6 +20,7 @@ from benchmarks import common
 from tests.conftest import tiny_pipeline
 
 TABLES = {
+    "activations": "markdown",
     "additive": "markdown",
     "correction": "markdown",
     "effects": "table",

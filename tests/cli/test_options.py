@@ -153,7 +153,7 @@ MEASURING = {
     "--seed": Row("--seed 5", "pictures"),
     "--dtype": Row("--dtype bfloat16", "numbers"),
     "--space": Row("--space other.json", "space"),
-    "--target": Row("--target sdnq", "", refused="activations of 8 bits are none of sdnq's"),
+    "--target": Row("--target sdnq", "", refused="a8 is none of sdnq's activations"),
     "--objective": Row("--objective psnr", "objective"),
     "--reference": Row("--reference photos", "numbers"),
     "--features": Row("--features lpips=nowhere", "", refused="nowhere"),
@@ -333,7 +333,7 @@ ROWS: dict[str, dict[str, Row]] = {
     "bench": {
         "--formats": Row("--formats usq8", "timed"),
         "--shapes": Row("--shapes 8x8@2", "timed"),
-        "--act": Row("--act 16", "timed"),
+        "--act": Row("--act i8", "timed"),
         "--threads": Row("--threads 3", "timed"),
         "--dtype": Row("--dtype float64", "", words="packed", refused="dtype 'float64' is not timed"),
         "--json": Row("--json {here}/x.json", "files", words="--formats usq4 --shapes 4x8@2"),

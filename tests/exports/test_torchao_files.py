@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from aquabit.exports.exported import check_activations
 from aquabit.exports.model_folder import WEIGHTS
 from aquabit.exports.torchao_files import check, config, stored, write
+from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.quant.weights import quantize_weight
-from aquabit.scheme import Scheme
+from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme, StepGroups
+from aquabit.targets import TARGETS
 from tests.exports.small_models import Case, case, output, refused, small_dit, small_unet
 
 LIBRARY = "torchao is not installed (the extra `targets`); its own code is the check"
@@ -70,6 +74,67 @@ def test_it_saves_what_was_written(made: Case, tmp_path: Path) -> None:
         for key in mine.keys():  # noqa: SIM118
             if "._weight_" in key:
                 assert torch.equal(mine.get_tensor(key).float(), theirs.get_tensor(key).float()), key
+
+
+def rounding(i: int, name: str, shape: tuple[int, ...]) -> str:
+    return "fp" if len(shape) == 4 else ("int8", "fp8c")[i % 2]
+
+
+@pytest.fixture
+def rounded() -> Case:
+    """Layers at int8 with their inputs at i8, and at fp8c with theirs at f8."""
+    made = case(small_dit(), rounding, again=small_dit())
+    config = made.exported.config
+    acts = {"int8": "i8", "fp8c": "f8"}
+    chosen = {n: replace(c, act=acts[str(c.weight)]) for n, c in config.layers.items()}
+    assert {c.act for c in chosen.values()} == {"i8", "f8"}
+    return replace(made, exported=replace(made.exported, config=replace(config, layers=chosen)))
+
+
+def test_inputs_are_rounded_as_the_configuration_says(rounded: Case, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason=LIBRARY)
+    from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor as quantized
+
+    check_activations(rounded.exported.config, TARGETS["torchao"].beside)
+    check(rounded.exported)
+    said = write(rounded.exported, tmp_path / "out")
+    assert any("/ 127.5, not / 127" in text for text in said)
+    assert not any("quantized here" in text for text in said), "they are not lost"
+    net = loaded(tmp_path / "out", type(rounded.reference))
+    for name, choice in rounded.exported.config.layers.items():
+        weight = net.get_submodule(name).weight
+        assert torch.equal(weight.dequantize(), rounded.decoded[name])
+        x = torch.randn(40, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        inputs = quantized(x, weight.act_quant_kwargs).dequantize()
+        if choice.act == "f8":
+            assert torch.equal(inputs, fake_quantize(x, "f8"))
+            continue
+        scale = x.abs().amax(1, keepdim=True) / 127.5
+        assert torch.equal(inputs, torch.round(x * (1 / scale)).clamp(-128, 127) * scale)
+        exact = inputs.double() @ rounded.decoded[name].double().t()
+        found = torch.nn.functional.linear(x, weight).double()
+        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "act", "why"),
+    [
+        ("int4g32", "i8", "symmetric int8 inputs by int8 weights with a scale for each output"),
+        ("fp8", "f8", "float8 inputs, a scale for each token, by fp8c weights"),
+        ("fp", "i8", "symmetric int8 inputs by int8 weights"),
+        ("int8", ("i8", 16), "no program changes how inputs are rounded while sampling"),
+        ("int8", 8, ""),
+        ("int8", "i8", ""),
+    ],
+)
+def test_inputs_that_it_does_not_round_so_are_refused(scheme: str, act: Any, why: str) -> None:
+    layers = {"a": LayerChoice(Scheme.parse(scheme), act)}
+    config = QuantConfig("f", layers, steps=StepGroups(4, (0, 2)))
+    if not why:
+        return check_activations(config, TARGETS["torchao"].beside)
+    with pytest.raises(AquabitError, match=why) as caught:
+        check_activations(config, TARGETS["torchao"].beside)
+    assert f"layer 'a' cannot be {scheme} at" in str(caught.value)
 
 
 @pytest.mark.parametrize("scheme", EACH)

@@ -29,7 +29,7 @@ from aquabit.kernels.registry import weight_at
 from aquabit.kernels.request import Format, Request, bucket, empty_like, format_of
 from aquabit.kernels.time_requests import measure, random_weight
 from aquabit.kernels.timings import Timings
-from aquabit.scheme import AquabitError
+from aquabit.scheme import AquabitError, Rounding
 
 USQ = Format((24, 16), 4, 1, 1, "inputs", "uniform", 1, True)
 AQ = Format((24, 16), 4, 2, 8, "inputs", "shared", 1, False)
@@ -175,6 +175,8 @@ def test_keys_tell_what_takes_another_time_apart_and_nothing_else() -> None:
         replace(r, geometry=Geometry(padding=(1, 1), dilation=(2, 2))),
         replace(r, geometry=Geometry(padding=(1, 1), groups=2)),
         replace(r, act=16),
+        replace(r, act="i8"),
+        replace(r, act="f8"),
         replace(r, split=2),
         replace(r, accuracy="exact"),
         replace(r, dtype="bfloat16"),
@@ -243,11 +245,11 @@ def relative(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).abs().max() / exact.abs().max())
 
 
-@pytest.mark.parametrize("act", [16, 8, 6])
+@pytest.mark.parametrize("act", [16, 8, 6, "i8", "f8"])
 @pytest.mark.parametrize("backend", ["reference", "lut", "decode", None])
 @pytest.mark.parametrize("form", [f for f in FORMATS if len(f.shape) == 2 and f is not WIDE], ids=str)
 def test_linear_equals_rounding_and_a_float64_product(
-    log, form: Format, backend: str | None, act: int
+    log, form: Format, backend: str | None, act: Rounding
 ) -> None:
     weight, bias, x = random_weight(form), torch.randn(24), torch.randn(2, 7, 16)
     exact = functional.linear(fake_quantize(x, act).double(), weight.dequantize().double(), bias.double())
@@ -427,8 +429,11 @@ def test_measured_times_are_kept_and_used(log, tmp_path: Path, monkeypatch: pyte
         dispatch.forget()
 
 
+@pytest.mark.parametrize("act", [8, "i8", "f8"])
 @pytest.mark.parametrize("form", [USQ, CONV, WIDE], ids=str)
-def test_compiled_layers_have_no_graph_breaks_and_choose_as_they_run(log, form: Format) -> None:
+def test_compiled_layers_have_no_graph_breaks_and_choose_as_they_run(
+    log, form: Format, act: Rounding
+) -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -436,9 +441,10 @@ def test_compiled_layers_have_no_graph_breaks_and_choose_as_they_run(log, form: 
 
         def forward(self, x: Tensor) -> Tensor:
             if form is CONV:
-                return codebook_conv2d(x, self.held, None, 2, 1, act=8, split=1) * 2
-            return codebook_linear(x, self.held, act=8) * 2
+                return codebook_conv2d(x, self.held, None, 2, 1, act=act, split=1) * 2
+            return codebook_linear(x, self.held, act=act) * 2
 
+    torch._dynamo.reset()  # it counts what it has compiled of one function
     layer, x = Layer(), torch.randn(2, 4, 8, 8) if form is CONV else torch.randn(5, 16)
     expected = layer(x)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

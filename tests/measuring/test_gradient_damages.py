@@ -32,14 +32,17 @@ def measured(folder: Path, name: str, damages: str, **space: Any) -> Study:
     return study
 
 
-@pytest.mark.parametrize("groups", [None, {"total": 4, "starts": [0, 2]}])
-def test_they_rank_as_probes_do(tmp_path: Path, groups: Any) -> None:
-    space = {"step_groups": groups} if groups else {}
+@pytest.mark.parametrize(
+    "space",
+    [{}, {"step_groups": {"total": 4, "starts": [0, 2]}}, {"activations": [8, "i8", "f8", 6]}],
+    ids=["bits", "steps", "kinds"],
+)
+def test_they_rank_as_probes_do(tmp_path: Path, space: dict[str, Any]) -> None:
     found = measured(tmp_path, "gradients.db", "gradients", **space).probes()
     true = measured(tmp_path, "probes.db", "probes", **space).probes()
     assert set(found) == set(true) and all("gradient" in v for v in found.values())
-    for kind in ("u", "a"):  # schemes, and activation choices
-        cells = [c for c in found if c[1].startswith(kind)]
+    for kind in ("u", "aif"):  # schemes, and activation choices
+        cells = [c for c in found if c[1][0] in kind]
         own, wanted = ([of[c]["damage"] for c in cells] for of in (found, true))
         assert spearmanr(own, wanted).statistic > 0.9 and len(cells) > 10
         assert 0.5 < np.median(np.array(own) / wanted) < 2

@@ -66,6 +66,7 @@ TASKS = [
     Fit({"a": ("usq3h",)}, CALIBRATION),
     Fit({}),
     Probe("a", ("usq3h",), (8, (8, 6)), PROTOCOL, CONFIG, 8, GROUPS),
+    Probe("a", ("usq3h",), ("i8", "f8", ("i8", 6)), PROTOCOL, CONFIG, "i8", GROUPS),
 ]
 ANSWERS = [
     Answer(

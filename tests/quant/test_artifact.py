@@ -25,7 +25,7 @@ from aquabit.quant.finetuning.finetune import FineTuning
 from aquabit.quant.kernel_tuning import layers_of
 from aquabit.quant.layers import QuantConv2d, QuantLinear, resident_bytes
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig
+from aquabit.scheme import AquabitError, Calibration, Protocol, QuantConfig, Rounding
 from aquabit.space import make_space
 
 CALIBRATION = Calibration(images=4, steps=2)
@@ -166,8 +166,8 @@ def test_a_model_is_never_packed_over_itself_or_another(dit, tmp_path, monkeypat
     assert kept == {p: p.read_bytes() for p in (tmp_path / "packed").rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("act", [16, 8])
-def test_packed_equals_dense(pipe, tmp_path, act: int) -> None:
+@pytest.mark.parametrize("act", [16, 8, "i8", "f8"])
+def test_packed_equals_dense(pipe, tmp_path, act: Rounding) -> None:
     config = mixed(pipe, act)
     packed = packing.quantize(pipe, config, bank=str(tmp_path / "bank"), accuracy="exact")
     packed.save(tmp_path / "packed")

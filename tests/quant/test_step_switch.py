@@ -29,17 +29,20 @@ from aquabit.quant.correction.sampling import following
 from aquabit.quant.kernel_tuning import layers_of, place_, requests_of
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import (
-    ACTIVATION_BITS,
+    ROUNDINGS,
     AquabitError,
     Budget,
     Calibration,
     LayerChoice,
     Protocol,
     QuantConfig,
+    Rounding,
     Scheme,
     StepGroups,
+    act_bits,
     act_code,
     act_of,
+    act_parts,
     act_text,
 )
 from aquabit.search.integer_program import choice_effects, solve
@@ -59,9 +62,9 @@ USQ4 = Scheme.parse("usq4")
 GROUPS = StepGroups(10, (0, 3, 7))
 PROTOCOL = Protocol(images=4, steps=4, micro_batch=4)
 HALVES = StepGroups(4, (0, 2))
-ACTS = st.integers(2, 5).flatmap(
-    lambda n: st.tuples(*[st.sampled_from(ACTIVATION_BITS)] * n)
-) | st.sampled_from(ACTIVATION_BITS)
+ACTS = st.integers(2, 5).flatmap(lambda n: st.tuples(*[st.sampled_from(ROUNDINGS)] * n)) | st.sampled_from(
+    ROUNDINGS
+)
 
 
 # ---- values
@@ -71,11 +74,12 @@ ACTS = st.integers(2, 5).flatmap(
 def test_codes_round_trip_and_collide_with_no_width(act) -> None:
     code = act_code(act)
     assert act_of(code) == plain_act(act)
-    assert (code in ACTIVATION_BITS) == isinstance(plain_act(act), int)
-    assert act_text(plain_act(act)) == "a" + str(plain_act(act)).strip("()").replace(", ", "/")
+    assert (code in ROUNDINGS) == isinstance(plain_act(act), int)
+    text = "/".join(map(str, act_parts(plain_act(act))))
+    assert act_text(plain_act(act)) == (text if text[0] in "if" else f"a{text}")
 
 
-@given(st.lists(ACTS.filter(lambda a: isinstance(a, int) or len(a) == 3), min_size=1, max_size=6))
+@given(st.lists(ACTS.filter(lambda a: not isinstance(a, tuple) or len(a) == 3), min_size=1, max_size=6))
 def test_configurations_with_groups_in_json_and_back(acts) -> None:
     config = QuantConfig("f", {f"l{i}": LayerChoice(USQ4, a) for i, a in enumerate(acts)}, steps=GROUPS)
     again = QuantConfig.from_dict(json.loads(config.to_json()))
@@ -83,15 +87,15 @@ def test_configurations_with_groups_in_json_and_back(acts) -> None:
     even = QuantConfig(
         "f",
         {
-            k: replace(v, act=(v.act,) * 3 if isinstance(v.act, int) else v.act)
+            k: replace(v, act=v.act if isinstance(v.act, tuple) else (v.act,) * 3)
             for k, v in config.layers.items()
         },
         steps=GROUPS,
     )
     assert even == config, "groups of equal bits are one number"
     for k, c in config.layers.items():
-        row = [c.act if isinstance(c.act, int) else c.act[GROUPS.of(s)] for s in range(10)]
-        assert config.mean_act(k) == pytest.approx(sum(row) / 10)
+        row = [c.act[GROUPS.of(s)] if isinstance(c.act, tuple) else c.act for s in range(10)]
+        assert config.mean_act(k) == pytest.approx(sum(map(act_bits, row)) / 10)
         assert sum(config.share(k, b) for b in set(row)) == pytest.approx(1)
 
 
@@ -179,24 +183,25 @@ def stepped(space: SearchSpace, *acts, scheme: str = "usq4", steps: StepGroups =
 def test_bits_change_in_the_step_that_the_groups_say(tmp_path, dit, scheduler: str, packed: bool) -> None:
     here, space = evaluator(dit, tmp_path)
     names = space.layers
-    config = stepped(space, (4, 8), 6, (8, 16))
-    seen: list[list[int]] = []
+    config = stepped(space, (4, 8), 6, (8, 16), ("f8", "i8"))
+    seen: list[list[Rounding]] = []
     first = here.quantized.layers[names[0]]
-    first.register_forward_pre_hook(lambda *_: seen.append([here.quantized.layers[n].act for n in names[:3]]))
+    first.register_forward_pre_hook(lambda *_: seen.append([here.quantized.layers[n].act for n in names[:4]]))
     here.generate(config, replace(PROTOCOL, scheduler=scheduler, images=8), packed)
-    assert seen == [[4, 6, 8], [4, 6, 8], [8, 6, 16], [8, 6, 16]] * 2, "every batch begins anew"
+    first, then = [4, 6, 8, "f8"], [8, 6, 16, "i8"]
+    assert seen == [first, first, then, then] * 2, "every batch begins anew"
     outputs = {n for n, a in graph_layers(trace(dit)).items() if a.get("attention")}
     assert outputs and all(here.quantized.layers[n].act_output in (8, 6, 16) for n in outputs)
 
 
 def test_images_are_those_of_switching_by_hand(tmp_path, pipe) -> None:
     here, space = evaluator(pipe, tmp_path)
-    config = stepped(space, (4, 8), (8, 4), 6)
+    config = stepped(space, (4, 8), (8, 4), 6, ("i8", "f8"))
     halves = [
         QuantConfig(
             space.fingerprint,
             {
-                k: replace(c, act=c.act if isinstance(c.act, int) else c.act[g])
+                k: replace(c, act=c.act[g] if isinstance(c.act, tuple) else c.act)
                 for k, c in config.layers.items()
             },
         )
@@ -265,9 +270,10 @@ def images(pipe, protocol: Protocol = PROTOCOL) -> torch.Tensor:
     return torch.cat([adapter.images(protocol, b) for b in adapter.batches(protocol)])
 
 
-def test_artifacts_switch_too(tmp_path, pipe) -> None:
+@pytest.mark.parametrize("eight", [8, "i8", "f8"])
+def test_artifacts_switch_too(tmp_path, pipe, eight: Rounding) -> None:
     here, space = evaluator(pipe, tmp_path)
-    config = stepped(space, (8, 16), 8, (16, 8))
+    config = stepped(space, (eight, 16), eight, (16, eight))
     full, dense = here.generate(space.full_precision(), PROTOCOL), here.generate(config, PROTOCOL)
     packed = packing.quantize(pipe, config, bank=str(tmp_path), accuracy="exact")
     written = packed.save(tmp_path / "packed")
@@ -281,9 +287,9 @@ def test_artifacts_switch_too(tmp_path, pipe) -> None:
             "a value between two steps may be rounded to the other one"
         )
         found = layers_of(other.denoiser)
-        assert [found[n].act for n in space.layers] == [16 if i % 3 == 0 else 8 for i in range(len(found))], (
-            "as the last step left them"
-        )
+        assert [found[n].act for n in space.layers] == [
+            16 if i % 3 == 0 else eight for i in range(len(found))
+        ], "as the last step left them"
     set_scheduler(loaded, "euler")
     images(loaded)
     loaded.scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)

@@ -62,7 +62,7 @@ class Small:
         self.encoder = Encoder(space, graph, errors, probes if probed else None)
         rows = self.drawn = Choices.of(space, space.sample(80, seed))
         error = self.encoder.error[np.arange(count), rows.weights] * (
-            1 + self.encoder.activation_reduction(rows.group_bits)[0]
+            1 + self.encoder.activation_reduction(rows.group_codes)[0]
         )
         y = self.y = np.exp(
             error @ rng.lognormal(0, 1, count) + 3 * np.sqrt(error[:, 0] * error[:, -1])

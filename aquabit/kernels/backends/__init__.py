@@ -124,6 +124,7 @@ def _triton_conv2d(
 def _triton_int8_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
 ) -> Tensor:
+    assert isinstance(request.act, int)
     return triton_int8_linear(x, weight, bias, request.act)
 
 

@@ -2,10 +2,9 @@
 
 Three ways, by what is asked:
 
-- *bytes*: uniform codes (usq) with activations of at most 8 bits. Both are integers as they stand:
-  activations are quantized as
-  ``fake_quantize`` does, products of 8 bits are summed in int32, so the result is exact to float32 rounding,
-  whatever the accuracy.
+- *bytes*: uniform codes (usq) with activations of at most 8 bits or "i8". Both are integers as they stand:
+  activations are quantized as ``fake_quantize`` does, products of 8 bits are summed in int32, so the result
+  is exact to float32 rounding, whatever the accuracy.
 - *shorts*: everything else under "fast": weights as 16-bit integers of one scale per row (decoded, scale and
   offset included), the
   activations' integers, or, unquantized, 15 bits per token or sample. What the rounding loses is measured in
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aquabit.activation_bits import OTHERS, Rounding, act_bits, act_code, rounding_of
 from aquabit.errors import AquabitError
 from aquabit.kernels.arranged import Arranged, arrange, arranges
 from aquabit.kernels.backends.decode_tiles import Decoder, conv_by_tiles, linear_by_tiles, rows_of
@@ -68,12 +68,12 @@ def decode_linear(
     x: Tensor,
     weight: CodebookWeight | Arranged,
     bias: Tensor | None = None,
-    act: int = 16,
+    act: Rounding = 16,
     accuracy: Accuracy = "fast",
     *,
     level: str | None = None,
 ) -> Tensor:
-    """x [..., in], quantized per token at ``act`` bits, times a coded weight [out, in], plus bias [out]:
+    """x [..., in], rounded per token as ``act`` says, times a coded weight [out, in], plus bias [out]:
     [..., out] in x's dtype.
 
     A CodebookWeight is arranged in every call: keep an Arranged where it is used again. ``level`` forces an
@@ -88,7 +88,7 @@ def decode_linear(
     if isinstance(prepared, CodebookWeight):
         return linear_by_tiles(fake_quantize(x, act), prepared.shape, rows_of(prepared), bias)
     y: Tensor = torch.ops.aquabit.decode_linear(
-        x, bias, prepared.number, prepared.shape[0], act, accuracy == "exact", _level(level)
+        x, bias, prepared.number, prepared.shape[0], act_code(act), accuracy == "exact", _level(level)
     )
     return y
 
@@ -98,7 +98,7 @@ def decode_conv2d(
     weight: CodebookWeight | Arranged,
     bias: Tensor | None = None,
     geometry: Geometry = UNPADDED,
-    act: int = 16,
+    act: Rounding = 16,
     split: int | None = None,
     accuracy: Accuracy = "fast",
     *,
@@ -131,7 +131,7 @@ def decode_conv2d(
         prepared.number,
         prepared.shape,
         geometry.numbers,
-        act,
+        act_code(act),
         split or 0,
         accuracy == "exact",
         _level(level),
@@ -140,12 +140,12 @@ def decode_conv2d(
 
 
 def _check(
-    x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None, act: int, accuracy: str, ndim: int
+    x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None, act: Rounding, accuracy: str, ndim: int
 ) -> None:
     if accuracy not in ("fast", "exact"):
         raise AquabitError(f"accuracy {accuracy!r} is unknown; it must be fast or exact")
-    if act < 2:
-        raise AquabitError(f"{act=} is too few for activations; give 2 to 15, or 16 for off")
+    if act not in OTHERS and not (isinstance(act, int) and act >= 2):
+        raise AquabitError(f"{act=} rounds no activations; give 2 to 15 bits, i8, f8, or 16 for off")
     why = decode_refuses(weight, x.device, x.dtype)
     if why:
         raise AquabitError(why)
@@ -224,6 +224,12 @@ _library.define(
 )
 
 
+def _integers(act: int) -> bool:
+    """Whether the code of a rounding is of integers of at most 8 bits, which the kernel makes itself."""
+    rounding = rounding_of(act)
+    return rounding != "f8" and act_bits(rounding) <= 8
+
+
 def _good(outcome: tuple[int, float, float, int]) -> bool:
     return bool(outcome[0]) and hypot(outcome[1], outcome[2]) <= MOST_LOST
 
@@ -240,9 +246,9 @@ def _decode_linear_cpu(
     if tokens == 0:
         return x.new_empty(shape)
     few = tokens <= FEW and inputs <= LONGEST
-    fused = act <= 8 and (own.scalar or not (few or exact))  # the kernel quantizes
+    fused = _integers(act) and (own.scalar or not (few or exact))  # the kernel quantizes
     if fused or few or not exact:
-        rows = plain(x if fused else fake_quantize(x, act))
+        rows = plain(x if fused else fake_quantize(x, rounding_of(act)))
         y = torch.empty(shape)
         outcome = own.native.linear(
             rows.data_ptr(),
@@ -256,7 +262,7 @@ def _decode_linear_cpu(
         )
         if _good(outcome):
             return y.to(x.dtype)
-    return linear_by_tiles(fake_quantize(x.detach(), act), own.shape, own.rows(level), added)
+    return linear_by_tiles(fake_quantize(x.detach(), rounding_of(act)), own.shape, own.rows(level), added)
 
 
 @torch.library.impl(_library, "decode_conv2d", "CPU")
@@ -280,9 +286,9 @@ def _decode_conv2d_cpu(
     y = torch.empty(len(x), own.shape[0], *(max(s, 0) for s in window.output(x.shape[2:], own.shape[2:])))
     if y.numel() == 0:
         return y.to(x.dtype)
-    fused = act <= 8  # the kernel quantizes
+    fused, rounding = _integers(act), rounding_of(act)  # fused: the kernel quantizes
     if not exact or (fused and own.scalar):
-        image = plain(x if fused else fake_quantize(x, act, "sample", split or None))
+        image = plain(x if fused else fake_quantize(x, rounding, "sample", split or None))
         outcome = own.native.conv2d(
             image.data_ptr(),
             y.data_ptr(),
@@ -296,7 +302,7 @@ def _decode_conv2d_cpu(
         )
         if _good(outcome):
             return y.to(x.dtype, memory_format=form)
-    quantized = fake_quantize(x, act, "sample", split or None)
+    quantized = fake_quantize(x, rounding, "sample", split or None)
     y = conv_by_tiles(quantized, own.shape, own.rows(level), added, window)
     return y.contiguous(memory_format=form)
 

@@ -26,7 +26,16 @@ from aquabit.quant.calibration.full_precision import FullPrecision, Layer
 from aquabit.quant.correction.sampling import Watcher, steps_of
 from aquabit.quant.layers import QuantConv2d, Range
 from aquabit.quant.step_switch import input_parts
-from aquabit.scheme import AquabitError, Calibration, QuantConfig, digest
+from aquabit.scheme import (
+    ROUNDINGS,
+    AquabitError,
+    Calibration,
+    QuantConfig,
+    Rounding,
+    act_parts,
+    act_text,
+    digest,
+)
 
 # makes calibration images with the model as it is, followed by watchers
 Sample = Callable[[Calibration, Sequence[Watcher]], None]
@@ -41,15 +50,17 @@ QUANTILE_LIMIT = 1 << 23  # torch refuses more than twice as many
 FEWEST, MOST = 256, 4096  # values kept of one tensor of one call
 
 
-def best_range(values: Tensor, low: float, high: float, bits: int, zero: bool) -> Range:
+def best_range(values: Tensor, low: float, high: float, act: Rounding, zero: bool) -> Range:
     """Of [low, high] and the ranges between percentiles of ``values`` [n] (``TAILS``), the one with the
-    least squared error at ``bits``; with ``zero`` in it, as padding of convolutions asks. Raises
-    AquabitError for ends that are not finite."""
+    least squared error at ``act``; with ``zero`` in it, as padding of convolutions asks, and as far on both
+    sides of it for symmetric grids. Raises AquabitError for ends that are not finite."""
     some = values[:: 1 + len(values) // QUANTILE_LIMIT]
     ends = some.quantile(torch.tensor([q for tail in TAILS[1:] for q in (tail, 1 - tail)]))
     tried = [(low, high), *((float(a), float(b)) for a, b in ends.reshape(-1, 2))]
     tried = [(min(a, 0.0), max(b, 0.0)) if zero else (a, b) for a, b in tried]
-    errors = [float((fake_quantize_static(values, bits, a, b) - values).square().mean()) for a, b in tried]
+    if not isinstance(act, int):
+        tried = [(-max(-a, b), max(-a, b)) for a, b in tried]
+    errors = [float((fake_quantize_static(values, act, a, b) - values).square().mean()) for a, b in tried]
     return tried[errors.index(min(errors))]  # the widest of equals
 
 
@@ -101,18 +112,18 @@ class RangeRecorder(Watcher):
         for part, tensor in enumerate([*parts, output] if name in self.attention else parts):
             self.values[name, part][self.step].add(tensor, self.count)
 
-    def tables(self, bits: int) -> dict[str, Tensor]:
-        """Layer -> ranges [1 + steps, parts, 2] for a number of bits: over all steps, then of each; layers
+    def tables(self, act: Rounding) -> dict[str, Tensor]:
+        """Layer -> ranges [1 + steps, parts, 2] for a rounding: over all steps, then of each; layers
         that did not run are left out."""
         ends: dict[str, list[list[Range]]] = {}
         for (name, _), by_step in sorted(self.values.items()):
             zero, every = isinstance(self.layers[name], QuantConv2d), list(by_step.values())
             chosen = [every, *([by_step[s]] if s in by_step else every for s in range(self.steps))]
-            ends.setdefault(name, []).append([self._range(name, values, bits, zero) for values in chosen])
+            ends.setdefault(name, []).append([self._range(name, values, act, zero) for values in chosen])
         return {name: torch.tensor(parts).transpose(0, 1).contiguous() for name, parts in ends.items()}
 
     @staticmethod
-    def _range(name: str, values: Iterable[_Values], bits: int, zero: bool) -> Range:
+    def _range(name: str, values: Iterable[_Values], act: Rounding, zero: bool) -> Range:
         kept = list(values)
         low = min(v.low for v in kept)
         high = max(v.high for v in kept)
@@ -121,11 +132,11 @@ class RangeRecorder(Watcher):
             raise AquabitError(
                 f"layer {name!r} meets NaN or Inf in full precision; no static range holds them"
             )
-        return best_range(sample, low, high, bits, zero)
+        return best_range(sample, low, high, act, zero)
 
 
 class RangeTables:
-    """Static ranges of a model's layers by calibration and bits: in memory, else from the bank, else
+    """Static ranges of a model's layers by calibration and rounding: in memory, else from the bank, else
     measured."""
 
     def __init__(
@@ -141,7 +152,7 @@ class RangeTables:
         self.fingerprint = fingerprint
         self.attention = attention
         self.sample = sample
-        self._known: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._known: dict[tuple[str, Rounding], dict[str, Tensor]] = {}
 
     def of(self, config: QuantConfig) -> dict[str, Tensor]:
         """Layer -> ranges [parts, inputs + outputs, 2] of a configuration, a part for each step, group or all
@@ -151,23 +162,18 @@ class RangeTables:
         is nothing to measure it on.
         """
         calibration = config.calibration or Calibration()
-        widths = {
-            bits
-            for c in config.layers.values()
-            for bits in ((c.act,) if isinstance(c.act, int) else c.act)
-            if bits < 16
-        }
-        self._find(calibration, widths)
+        used = {part for c in config.layers.values() for part in act_parts(c.act)}
+        self._find(calibration, [a for a in ROUNDINGS if a in used and a != 16])
         return {
             name: self._table(config, name, calibration) for name in config.layers if config.range_parts(name)
         }
 
     def _table(self, config: QuantConfig, name: str, calibration: Calibration) -> Tensor:
-        act, rows = config[name].act, []
+        parts, rows = act_parts(config[name].act), []
         for part in range(config.range_parts(name)):
-            bits = act if isinstance(act, int) else act[config.group_of_part(part)]
+            own = parts[0] if len(parts) == 1 else parts[config.group_of_part(part)]
             # a16 rounds to no range: any will do
-            known = min(b for b in ((act,) if isinstance(act, int) else act)) if bits == 16 else bits
+            known = next(a for a in parts if a != 16) if own == 16 else own
             table = self._known[calibration.digest, known].get(name)
             if table is None:
                 raise AquabitError(
@@ -182,19 +188,19 @@ class RangeTables:
             rows.append(table[1 + part if config.ranges == "step" else 0])
         return torch.stack(rows)
 
-    def _find(self, calibration: Calibration, widths: Collection[int]) -> None:
-        for bits in sorted(widths):
-            if (calibration.digest, bits) not in self._known and (
-                stored := self._stored(calibration, bits)
+    def _find(self, calibration: Calibration, acts: Collection[Rounding]) -> None:
+        for act in acts:
+            if (calibration.digest, act) not in self._known and (
+                stored := self._stored(calibration, act)
             ) is not None:
-                self._known[calibration.digest, bits] = stored
-        missing = [bits for bits in sorted(widths) if (calibration.digest, bits) not in self._known]
+                self._known[calibration.digest, act] = stored
+        missing = [act for act in acts if (calibration.digest, act) not in self._known]
         if not missing:
             return
         recorder = self._measured(calibration)
-        for bits in missing:
-            self._known[calibration.digest, bits] = tables = recorder.tables(bits)
-            self.bank.write(self._path(calibration, bits), tables)
+        for act in missing:
+            self._known[calibration.digest, act] = tables = recorder.tables(act)
+            self.bank.write(self._path(calibration, act), tables)
 
     def _measured(self, calibration: Calibration) -> RangeRecorder:
         if self.sample is None:
@@ -208,15 +214,15 @@ class RangeTables:
             self.sample(calibration, [recorder])
         return recorder
 
-    def _path(self, calibration: Calibration, bits: int) -> Any:
+    def _path(self, calibration: Calibration, act: Rounding) -> Any:
         return (
             self.bank.folder
-            / f"ranges-{digest([FORMAT, self.fingerprint, calibration.digest])}-a{bits}.safetensors"
+            / f"ranges-{digest([FORMAT, self.fingerprint, calibration.digest])}-{act_text(act)}.safetensors"
         )
 
-    def _stored(self, calibration: Calibration, bits: int) -> dict[str, Tensor] | None:
+    def _stored(self, calibration: Calibration, act: Rounding) -> dict[str, Tensor] | None:
         try:
-            found = load_file(self._path(calibration, bits))
+            found = load_file(self._path(calibration, act))
         except (OSError, SafetensorError):
             return None  # missing, or damaged: it is measured again
         return found if all(t.ndim == 3 and t.shape[-1] == 2 for t in found.values()) else None

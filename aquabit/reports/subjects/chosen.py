@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from aquabit.reports import style
 from aquabit.reports.facts import Facts
 from aquabit.reports.plan import Plan, Tables, fixed, rows_high
-from aquabit.scheme import Scheme
+from aquabit.scheme import Scheme, act_bits, act_parts
 
 
 def chosen_schemes(facts: Facts) -> pd.DataFrame:
@@ -73,7 +73,8 @@ def step_bits(facts: Facts) -> pd.DataFrame:
     rows = []
     for step in range(winner.steps.total):
         group = winner.steps.of(step)
-        acts = [c.act if isinstance(c.act, int) else c.act[group] for c in winner.layers.values()]
+        parts = [act_parts(choice.act) for choice in winner.layers.values()]
+        acts = [act_bits(own[0] if len(own) == 1 else own[group]) for own in parts]
         rows.append((step + 1, float(np.mean(acts)), min(acts), max(acts)))
     return pd.DataFrame(rows, columns=columns)
 

@@ -308,7 +308,7 @@ def shap_by_layer(fitted: FittedSurrogate) -> tuple[np.ndarray, float]:
 def member_parts(encoder: Encoder, choices: Choices) -> Mapping[str, np.ndarray]:
     """What each layer adds to the aggregates, [n, layers] by kind of column."""
     weights, rows = choices.weights, np.arange(choices.weights.shape[1])
-    low, order = encoder.activation_reduction(choices.group_bits)
+    low, order = encoder.activation_reduction(choices.group_codes)
     parts = {
         "error": encoder.error[rows, weights],
         "actshare": low,

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from aquabit.jsonio import defined
-from aquabit.scheme import AquabitError, QuantConfig
+from aquabit.scheme import AquabitError, QuantConfig, act_code
 from aquabit.sensitivity.damages import context_act
 from aquabit.sensitivity.effects.predicted import Player
 from aquabit.sensitivity.shared_contexts import group_numbers
@@ -117,7 +117,7 @@ def training_swaps(fitted: FittedSurrogate, players: Sequence[Player], bits: flo
     """
     named = {p.columns: p for p in players}
     column, act = fitted.space.columns, context_act(fitted.space)
-    near = (np.abs(fitted.bits - bits) <= NEAR) & np.isin(fitted.choices.acts, (act, 16)).all(1)
+    near = (np.abs(fitted.bits - bits) <= NEAR) & np.isin(fitted.choices.acts, (act_code(act), 16)).all(1)
     groups, rows = group_numbers(fitted.choices), list[tuple[str, str, str, float]]()
     for group in np.flatnonzero(np.bincount(groups, near) > 1):
         for i, j in combinations(np.flatnonzero((groups == group) & near), 2):

@@ -4,6 +4,7 @@ set, on odd shapes."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from aquabit.kernels.backends.decode import (
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import Geometry, padded, pair
-from aquabit.scheme import AquabitError
+from aquabit.scheme import AquabitError, Rounding
 
 LEVELS = decode_levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ extension was not built")
@@ -105,7 +106,7 @@ def error(y: Tensor, expected: Tensor) -> float:
     return ((y.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300)).item()
 
 
-def linear64(x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: int) -> Tensor:
+def linear64(x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: Rounding) -> Tensor:
     return functional.linear(
         fake_quantize(x, act).double(), weight.dequantize().double(), None if bias is None else bias.double()
     )
@@ -119,7 +120,7 @@ def convolved(x: Tensor, weight: CodebookWeight | Arranged, bias: Tensor | None 
 
 
 def conv64(
-    x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: int, split: int | None, **how: Any
+    x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: Rounding, split: int | None, **how: Any
 ) -> Tensor:
     quantized = fake_quantize(x, act, "sample", split).double()
     return functional.conv2d(
@@ -133,7 +134,7 @@ def test_integers_are_exact(form: Format, level: str) -> None:
     for out, width in ((1, 1), (53, 101), (13, 130)):
         weight = make((out, width), form)
         arranged, bias = arrange(weight), inputs(out)
-        for tokens, act in ((1, 8), (3, 6), (5, 8), (70, 8), (67, 2)):
+        for tokens, act in ((1, 8), (3, 6), (5, 8), (70, 8), (67, 2), (2, "i8"), (37, "i8")):
             x = inputs(tokens, width, seed=tokens)
             for accuracy in ("fast", "exact"):
                 y = decode_linear(x, arranged, bias, act, accuracy, level=level)  # type: ignore[arg-type]
@@ -145,7 +146,17 @@ def test_integers_are_exact(form: Format, level: str) -> None:
 def test_linear(form: Format, level: str) -> None:
     weight = make((29, 48 * form.group if form.group < 8 else 144), form)
     arranged = arrange(weight)
-    for tokens, act in ((1, 16), (4, 8), (5, 16), (70, 16), (17, 8), (33, 12)):
+    for tokens, act in (
+        (1, 16),
+        (4, 8),
+        (5, 16),
+        (70, 16),
+        (17, 8),
+        (33, 12),
+        (3, "f8"),
+        (19, "f8"),
+        (9, "i8"),
+    ):
         x = inputs(tokens, weight.shape[1], seed=tokens)
         expected = linear64(x, weight, None, act)
         assert error(decode_linear(x, arranged, None, act, "exact", level=level), expected) <= EXACT
@@ -171,7 +182,7 @@ def test_convolution_of_uniform_codes(case: Any, level: str) -> None:
     shape, size, how = case
     for form in (Format(2), Format(3), Format(8), Format(4, scales=10)):
         weight, bias, x = make(size, form), inputs(size[0]), inputs(*shape)
-        for act, split in ((8, None), (6, shape[1] // 2 or None)):
+        for act, split in ((8, None), (6, shape[1] // 2 or None), ("i8", shape[1] // 2 or None)):
             split = split if split and split < shape[1] else None
             y = convolved(x, arrange(weight), bias, act=act, split=split, level=level, **how)
             assert error(y, conv64(x, weight, bias, act, split, **how)) <= EXACT
@@ -185,7 +196,7 @@ def test_convolution_of_other_formats(case: Any, level: str) -> None:
     forms += [Format(8, 2, 2)] if size[1] % 2 == 0 else []
     for form in forms:
         weight, bias, x = make(size, form), inputs(size[0]), inputs(*shape)
-        for act, split in ((16, None), (8, shape[1] // 2 or None), (10, None)):
+        for act, split in ((16, None), (8, shape[1] // 2 or None), (10, None), ("i8", None), ("f8", None)):
             split = split if split and split < shape[1] else None
             expected = conv64(x, weight, bias, act, split, **how)
             for accuracy, bound in (("fast", FAST), ("exact", EXACT)):
@@ -336,17 +347,19 @@ def test_rows_without_a_grid(form: Format, tokens: int, level: str) -> None:
     arranged = arrange(weight)
     x = inputs(tokens, 64)
     x[0], x[1] = 0, 5.5
-    for act in (8, 16):
+    for act in (8, "i8", 16):
         y, expected = decode_linear(x, arranged, None, act, level=level), linear64(x, weight, None, act)
         assert (y[0] == 0).all() and error(y[1], expected[1]) <= FAST
-        bound = EXACT if act == 8 and not form.books else FAST
+        bound = EXACT if act != 16 and not form.books else FAST
         assert error(y, expected) <= bound
     x[0] = inputs(64) * 1e-37 / 100  # steps below a normal number: left as it is
     y, expected = decode_linear(x, arranged, None, 8, level=level), linear64(x, weight, None, 8)
     assert error(y[0], expected[0]) <= 1e-4 and error(y, expected) <= FAST
     for value in (float("nan"), float("inf")):
         x[0, 3] = value
-        y = decode_linear(x, arranged, None, 8, level=level)
+        for act in (8, "i8", "f8"):
+            y = decode_linear(x, arranged, None, act, level=level)
+            assert y[0].isnan().all() and y[1:].isfinite().all(), act
         assert y[0].isnan().all() and y[1:].isfinite().all()
         assert not decode_linear(x, arranged, None, 16, level=level)[0].isfinite().any()
 
@@ -355,10 +368,10 @@ def test_rows_without_a_grid(form: Format, tokens: int, level: str) -> None:
 def test_samples_without_a_grid(level: str) -> None:
     weight, x = make((7, 4, 3, 3), USQ[3]), inputs(4, 4, 5, 5)
     x[0], x[1], x[3, 2, 1, 1] = 0, 5.5, float("nan")
-    for split in (None, 3):
-        y = convolved(x, arrange(weight), None, padding=1, act=8, split=split, level=level)
+    for split, act in product((None, 3), (8, "i8")):
+        y = convolved(x, arrange(weight), None, padding=1, act=act, split=split, level=level)
         assert (y[0] == 0).all() and y[3].isnan().all()
-        assert error(y[:3], conv64(x[:3], weight, None, 8, split, padding=1)) <= EXACT
+        assert error(y[:3], conv64(x[:3], weight, None, act, split, padding=1)) <= EXACT
 
 
 @levels

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from aquabit import packing
 from aquabit.cost import CostModel
 from aquabit.graph import layers as graph_layers
-from aquabit.kernels import fake_quantize_static
+from aquabit.kernels import fake_quantize, fake_quantize_static
 from aquabit.measuring.evaluator import Evaluator
 from aquabit.pipelines import Adapter, load, sampler, trace
 from aquabit.quant.bank import Bank
@@ -24,7 +24,16 @@ from aquabit.quant.calibration.ranges import RangeRecorder, best_range
 from aquabit.quant.kernel_tuning import layers_of, requests_of
 from aquabit.quant.layers import QuantConv2d, quant_layer
 from aquabit.quant.model import QuantizedDenoiser, fingerprint
-from aquabit.scheme import AquabitError, Calibration, LayerChoice, Protocol, QuantConfig, Scheme, StepGroups
+from aquabit.scheme import (
+    AquabitError,
+    Calibration,
+    LayerChoice,
+    Protocol,
+    QuantConfig,
+    Rounding,
+    Scheme,
+    StepGroups,
+)
 from aquabit.space import SearchSpace, make_space
 
 CALIBRATION = Calibration(images=6, steps=4)
@@ -49,6 +58,20 @@ def test_the_static_quantizer_is_the_nearest_point_of_its_grid(
     tie = np.abs(np.abs(x.numpy() / step % 1) - 0.5) < 1e-6
     np.testing.assert_allclose(y.numpy()[~tie], expected[~tie], atol=1e-9)
     assert len(y.unique()) <= 2**bits
+
+
+@pytest.mark.parametrize("act", ["i8", "f8"])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (-3.0, 1.0), (0.0, 3.0)])
+def test_symmetric_ones_reach_as_far_as_the_larger_end(act: Rounding, low: float, high: float) -> None:
+    x = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 4
+    x[0] = 3  # of a token it is the largest then
+    inside = x.clamp(-3, 3)
+    assert torch.equal(fake_quantize_static(inside, act, low, high), fake_quantize(inside, act))
+    assert torch.equal(fake_quantize_static(x, act, low, high), fake_quantize(inside, act))
+    y = fake_quantize_static(torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0]), act, low, high)
+    assert y[:2].tolist() == [3, -3] and y[2].isnan() and y[3] == 0
+    assert fake_quantize_static(x, act, 0.0, 0.0).count_nonzero() == 0
+    assert best_range(inside, -1.0, 3.0, act, zero=False) == (-3.0, 3.0)
 
 
 def test_ends_of_the_static_quantizer() -> None:
@@ -87,7 +110,7 @@ def evaluator(pipe, tmp_path) -> tuple[Evaluator, SearchSpace]:
     )
 
 
-def ranged(space: SearchSpace, kind: str, act: int = 8) -> QuantConfig:
+def ranged(space: SearchSpace, kind: str, act: Rounding = 8) -> QuantConfig:
     return replace(space.uniform("usq4", act), ranges=kind, calibration=CALIBRATION)
 
 
@@ -169,26 +192,30 @@ def test_each_step_reads_its_own_range(tmp_path, unet, packed: bool) -> None:
     assert set(seen) == {None}
 
 
-def test_layers_round_to_their_static_range(tmp_path, unet) -> None:
+@pytest.mark.parametrize("act", [4, "i8", "f8"])
+def test_layers_round_to_their_static_range(tmp_path, unet, act: Rounding) -> None:
     here, space = evaluator(unet, tmp_path)
-    here.quantized.apply(ranged(space, "static", 4))
-    tables = here.quantized.ranges(ranged(space, "static", 4))
+    here.quantized.apply(ranged(space, "static", act))
+    tables = here.quantized.ranges(ranged(space, "static", act))
     g = torch.Generator().manual_seed(0)
     for name, layer in here.quantized.layers.items():
         ends = tables[name][0].tolist()
         if isinstance(layer, QuantConv2d):
             x = torch.randn(2, layer.in_channels, 4, 4, generator=g)
             parts = [x] if layer.split is None else [x[:, : layer.split], x[:, layer.split :]]
-            rounded = torch.cat([fake_quantize_static(p, 4, *e) for p, e in zip(parts, ends, strict=True)], 1)
+            rounded = torch.cat(
+                [fake_quantize_static(p, act, *e) for p, e in zip(parts, ends, strict=True)], 1
+            )
             expected = torch.nn.functional.conv2d(
                 rounded, layer.weight, layer.bias, layer.stride, layer.padding
             )
         else:
             x = torch.randn(3, layer.in_features, generator=g)
             expected = torch.nn.functional.linear(
-                fake_quantize_static(x, 4, *ends[0]), layer.weight, layer.bias
+                fake_quantize_static(x, act, *ends[0]), layer.weight, layer.bias
             )
-            expected = fake_quantize_static(expected, 4, *ends[1]) if len(ends) == 2 else expected
+            if len(ends) == 2 and act == 4:
+                expected = fake_quantize_static(expected, 4, *ends[1])
         torch.testing.assert_close(layer(x), expected)
     assert all(
         r.act == 16
@@ -234,6 +261,8 @@ def test_artifacts_hold_ranges(tmp_path, pipe, kind: str) -> None:
             names[0]: LayerChoice(USQ4, (8, 6)),
             names[1]: LayerChoice(USQ4, (16, 8)),
             names[2]: LayerChoice(USQ4, 16),
+            names[3]: LayerChoice(USQ4, "i8"),
+            names[4]: LayerChoice(USQ4, ("f8", "i8")),
         },
         steps=groups,
     )

@@ -60,24 +60,24 @@ class DecodeWeight {
     }
     DecodeWeight(const DecodeWeight&) = delete;
 
-    // x [tokens, in], at ``bits`` of activations (16: off), to y [tokens, out]; ``bias`` [out], or 0.
-    Outcome linear(uintptr_t x, uintptr_t y, uintptr_t bias, int64_t tokens, int64_t bits, bool few, int64_t threads, int64_t level) const {
+    // x [tokens, in], rounded as ``act`` says (bits, or kSymmetric; 16: off), to y [tokens, out]; ``bias`` [out], or 0.
+    Outcome linear(uintptr_t x, uintptr_t y, uintptr_t bias, int64_t tokens, int64_t act, bool few, int64_t threads, int64_t level) const {
         if (shape_.size() != 2) throw std::invalid_argument("a weight " + text_of(shape_) + " is no matrix");
         if (few && tokens > kDotRows) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
         const Weight w = with(bias);
-        const Method method = method_of(w, level, bits, threads);
+        const Method method = method_of(w, level, act, threads);
         return (few ? few_tokens : linear_product)(method, w, pointer<const float>(x), pointer<float>(y), tokens);
     }
 
     // x of ``sizes`` to y [samples, out, ..] as ``geometry`` says; channels from ``split`` on (0: none) have ranges of their own.
-    Outcome conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, const Sizes& sizes, const GeometryNumbers& geometry, int64_t split, int64_t bits,
+    Outcome conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, const Sizes& sizes, const GeometryNumbers& geometry, int64_t split, int64_t act,
                    int64_t threads, int64_t level) const {
         const Geometry g(geometry, sizes, shape_);
         if (split < 0 || split >= sizes[1]) throw std::invalid_argument("no channels on one side of " + std::to_string(split));
         const Weight w = with(bias);
         const Convolution c = {sizes[0], sizes[1], sizes[2], sizes[3], g.output[0], g.output[1], g.groups, shape_[2], shape_[3],
                                g.stride[0], g.stride[1], g.padding[0], g.padding[1], g.dilation[0], g.dilation[1], split};
-        return conv_product(method_of(w, level, bits, threads), w, c, pointer<const float>(x), pointer<float>(y));
+        return conv_product(method_of(w, level, act, threads), w, c, pointer<const float>(x), pointer<float>(y));
     }
 
     // Rows [first, last), decoded, to y.
@@ -106,9 +106,9 @@ void define_decode(nb::module_& m) {
     m.def("decode_levels", &level_names);
     nb::class_<DecodeWeight>(m, "DecodeWeight")
         .def(nb::init<nb::handle>(), "weight"_a)
-        .def("linear", &DecodeWeight::linear, "x"_a, "y"_a, "bias"_a, "tokens"_a, "bits"_a, "few"_a, "threads"_a, "level"_a,
+        .def("linear", &DecodeWeight::linear, "x"_a, "y"_a, "bias"_a, "tokens"_a, "act"_a, "few"_a, "threads"_a, "level"_a,
              nb::call_guard<nb::gil_scoped_release>())
-        .def("conv2d", &DecodeWeight::conv2d, "x"_a, "y"_a, "bias"_a, "sizes"_a, "geometry"_a, "split"_a, "bits"_a, "threads"_a, "level"_a,
+        .def("conv2d", &DecodeWeight::conv2d, "x"_a, "y"_a, "bias"_a, "sizes"_a, "geometry"_a, "split"_a, "act"_a, "threads"_a, "level"_a,
              nb::call_guard<nb::gil_scoped_release>())
         .def("rows", &DecodeWeight::rows, "first"_a, "last"_a, "y"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -16,6 +16,12 @@ INLINE bool grid_of(Limits limits, int64_t bits, bool wide, bool zero_in_range, 
         *grid = {kActivation / most, -kActivation, kActivation, 0, most / kActivation, 0, 0};
         return most > 1e-30f && most < 1e30f;
     }
+    if (bits < 0) {  // symmetric: bytes have 127 added, which is their zero point
+        const float most = limits.high > -limits.low ? limits.high : -limits.low, scale = most / kSymmetricMost;
+        *grid = {1 / scale, -kSymmetricMost, kSymmetricMost, wide ? 0 : -kSymmetricMost, scale, 0, wide ? 0 : 127};
+        if (most == 0) *grid = {0, 0, 0, 0, 0, 0, 0};
+        return most == 0 || scale >= 1.17549435e-38f;
+    }
     if (zero_in_range) {
         limits.low = limits.low < 0 ? limits.low : 0;
         limits.high = limits.high > 0 ? limits.high : 0;

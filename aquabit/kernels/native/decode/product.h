@@ -10,14 +10,15 @@ struct Method {
     bool by_scale;  // runs end where a group of scales does
     int64_t most;   // of the activations' integers
     int64_t limit;  // inputs of a run
-    int64_t bits;   // of activations
+    int64_t bits;   // of activations; less than 0: symmetric ones
     int64_t threads;
 
     int64_t per() const { return wide ? 2 : 4; }
 };
 
-Method method_of(const Weight& w, int64_t level, int64_t bits, int64_t threads) {
+Method method_of(const Weight& w, int64_t level, int64_t act, int64_t threads) {
     const Level* l = &level_at(level);
+    const int64_t bits = act == kSymmetric ? -8 : act;
     const bool codes = bits <= 8 && !w.tables, wide = !codes || !l->bytes || w.bits > l->byte_bits;
     const int64_t limit = codes ? kLongestRun : bits <= 8 ? kByteRun : kWideRun;
     const bool by_scale = codes || w.length() / std::max(w.scales, w.offsets) >= kOwnRun;

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../limits.h"
+#include "../rounding.h"
 #include "../segment.h"
 
 constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;

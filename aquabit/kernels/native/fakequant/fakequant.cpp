@@ -1,8 +1,10 @@
-// Fused dynamic asymmetric fake quantization of activations, float32 to float32, contiguous.
+// Fused dynamic fake quantization of activations, float32 to float32, contiguous.
 //
-//   scale = (max - min) / (2^bits - 1)     zero = rint(-min / scale)     y = clamp(rint(x / scale), -zero, 2^bits - 1 - zero) * scale
+//   bits: scale = (max - min) / (2^bits - 1)     zero = rint(-min / scale)     y = clamp(rint(x / scale), -zero, 2^bits - 1 - zero) * scale
+//   symmetric: scale = max|x| / 127              y = clamp(rint(x / scale), -127, 127) * scale
+//   e4m3: scale = max|x| / 448                   y = e4m3fn(x / scale) * scale
 //
-// The same formula as fake_quantize_reference, operation by operation (x / scale is x * (1 / scale) in both), so results are equal to
+// The same formulas as fake_quantize_reference, operation by operation (x / scale is x * (1 / scale) but for e4m3), so results are equal to
 // the bit. Everything stays in floating point: no conversion to integers that a NaN or a huge value could make undefined.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -18,6 +20,7 @@
 
 #include "../limits.h"
 #include "../processor.h"
+#include "../rounding.h"
 
 namespace nb = nanobind;
 
@@ -36,27 +39,36 @@ struct Grid {
 struct Level {
     void (*find_limits)(const float* x, int64_t n, Limits*);
     void (*to_grid)(const float* x, float* y, int64_t n, const Grid*);
+    void (*to_e4m3)(const float* x, float* y, int64_t n, const Grid*);
 };
 
 #define AQUABIT_AVX512
 #define AQUABIT_EACH_LEVEL "fakequant/level.h"
 #include "../foreach_level.h"
 
-// How rows are quantized: in so many steps, with zero in their range or not.
+// How rows are quantized: to so many bits (or kSymmetric, kE4m3), with zero in their range or not.
 struct Method {
     const Level& level;
-    float steps;
+    int act;
     bool zero_in_range;
 
     Grid grid(Limits range) const {
+        if (act == kSymmetric || act == kE4m3) {
+            const float most = act == kSymmetric ? kSymmetricMost : kE4m3Most, scale = std::max(-range.low, range.high) / most;
+            return {scale, 1.0f / scale, -most, most};
+        }
         if (zero_in_range) {
             range.low = std::min(range.low, 0.0f);
             range.high = std::max(range.high, 0.0f);
         }
+        const float steps = static_cast<float>((1 << act) - 1);
         // Halves: the difference of two finite values must not overflow.
         const float scale = (range.high * 0.5f - range.low * 0.5f) / (steps * 0.5f), inverse = 1.0f / scale;
         const float zero = std::rint(-range.low * inverse);
         return {scale, inverse, -zero, steps - zero};
+    }
+    void round(const float* x, float* y, int64_t n, const Grid* grid) const {
+        (act == kE4m3 ? level.to_e4m3 : level.to_grid)(x, y, n, grid);
     }
 };
 
@@ -90,7 +102,7 @@ void quantize_tile(const Method& m, const float* x, float* y, const Segments& se
         if (no_grid(ranges[i - first], grids[i - first]))
             fill_without_grid(x + start, y + start, n, ranges[i - first]);
         else
-            m.level.to_grid(x + start, y + start, n, &grids[i - first]);
+            m.round(x + start, y + start, n, &grids[i - first]);
     }
 }
 
@@ -112,15 +124,15 @@ void quantize_segment_shared(const Method& m, const float* x, float* y, int64_t 
     if (no_grid(range, grid)) return fill_without_grid(x, y, n, range);
 #pragma omp parallel for num_threads(threads)
     for (int64_t block = 0; block < blocks; ++block)
-        m.level.to_grid(x + block * kBlock, y + block * kBlock, std::min(kBlock, n - block * kBlock), &grid);
+        m.round(x + block * kBlock, y + block * kBlock, std::min(kBlock, n - block * kBlock), &grid);
 }
 
 // Each row is one range, or two where 0 < split < row_length: [0, split) and [split, row_length).
-void fake_quant_rows(uintptr_t src, uintptr_t dst, int64_t rows, int64_t row_length, int64_t split, int bits, bool zero_in_range,
+void fake_quant_rows(uintptr_t src, uintptr_t dst, int64_t rows, int64_t row_length, int64_t split, int act, bool zero_in_range,
                      int threads, int64_t level) {
     const float* x = reinterpret_cast<const float*>(src);
     float* y = reinterpret_cast<float*>(dst);
-    const Method m{level_at(level), static_cast<float>((1 << bits) - 1), zero_in_range};
+    const Method m{level_at(level), act, zero_in_range};
     const Segments segments{row_length, split};
     const int64_t count = segments.two() ? 2 * rows : rows;
     if (count < threads && row_length > 2 * kBlock) {
@@ -138,6 +150,6 @@ void fake_quant_rows(uintptr_t src, uintptr_t dst, int64_t rows, int64_t row_len
 void define_fake_quant(nb::module_& m) {
     using namespace nb::literals;
     m.def("fake_quant_levels", &level_names);
-    m.def("fake_quant_rows", &fake_quant_rows, "src"_a, "dst"_a, "rows"_a, "row_length"_a, "split"_a, "bits"_a, "zero_in_range"_a,
+    m.def("fake_quant_rows", &fake_quant_rows, "src"_a, "dst"_a, "rows"_a, "row_length"_a, "split"_a, "act"_a, "zero_in_range"_a,
           "threads"_a, "level"_a = 0, nb::call_guard<nb::gil_scoped_release>());
 }
