@@ -81,7 +81,8 @@ def attention(
     BLOCK_K: tl.constexpr,
 ):
     """y [b, h, queries, e] = round(softmax(q k^T scale + mask)) v, rounded to the grid of 256 points between
-    each query's smallest and largest probability (``fake_quantize`` at 8 bits, per token).
+    each query's smallest and largest probability (``fake_quantize`` at 8 bits, per token); y lies in memory
+    as [b, queries, h, e].
 
     With probabilities p = step * (level + first), level in {0 .. 255}: y = step * (sum_k level[k] v[k] +
     first * sum_k v[k]). MASK: 0 none, 1 bytes (0 hides a key), 2 numbers that are added. D and E are d and e
@@ -137,7 +138,7 @@ def attention(
 
     first, step = tl.where(constant, high, first), tl.where(constant, 1.0, step)
     y = (sums + first[:, None] * column[None, :]) * step[:, None]
-    at = (head * queries + n64)[:, None] * e + at_e[None, :]
+    at = ((b * queries + n64) * heads + h)[:, None] * e + at_e[None, :]
     tl.store(y_ptr + at, _narrow(y, y_ptr.dtype.element_ty), mask=q_ok[:, None] & e_ok[None, :])
 
 
