@@ -4,6 +4,8 @@ types and strides."""
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -352,3 +354,15 @@ def test_levels_are_named() -> None:
         rounded_attention(q, k, v, level="neon")
     with pytest.raises(AquabitError, match="does not serve"):
         rounded_attention(q.double(), k.double(), v.double(), level="baseline")
+
+
+def test_without_the_extension_the_reference_serves() -> None:
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "sys.modules['aquabit.kernels._native'] = None\n"
+        "import torch; from aquabit.kernels import rounded_attention, rounded_attention_reference\n"
+        "q, k, v = (torch.randn(2, 5, 4) for _ in range(3))\n"
+        "assert torch.equal(rounded_attention(q, k, v), rounded_attention_reference(q, k, v, None, 0.5))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

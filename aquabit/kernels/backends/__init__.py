@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -11,25 +12,35 @@ from torch import Tensor
 from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged
-from aquabit.kernels.backends.decode import decode_conv2d, decode_linear, decode_refuses
-from aquabit.kernels.backends.lut import lut_conv2d, lut_linear, lut_refuses
+from aquabit.kernels.backends.decode import (
+    decode_conv2d,
+    decode_conv2d_raw,
+    decode_linear,
+    decode_linear_raw,
+    decode_refuses,
+)
+from aquabit.kernels.backends.lut import lut_conv2d, lut_conv2d_raw, lut_linear, lut_linear_raw, lut_refuses
+from aquabit.kernels.backends.raw import Raw
 from aquabit.kernels.backends.reference import reference_conv2d, reference_linear
 from aquabit.kernels.backends.triton_int8 import int8_refuses, triton_int8_linear
 from aquabit.kernels.backends.triton_kernels import triton_conv2d, triton_linear, triton_refuses
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.request import Request, empty_like
-from aquabit.scheme import AquabitError
+from aquabit.scheme import AquabitError, act_code
 
 Weight: TypeAlias = CodebookWeight | Arranged
 Call: TypeAlias = Callable[
     [Tensor, Weight, Tensor | None, Request, Tensor | None], Tensor
 ]  # x, weight, bias, request, dense copy
+RawMaker: TypeAlias = Callable[
+    [Arranged, Request, tuple[int, ...]], Raw | None
+]  # of a weight, a request that the backend serves, and the input's shape
 
 
 @dataclass(frozen=True)
 class Backend:
     """``refuses`` says why a request cannot be served, or None. ``quantizes``: it rounds the activations
-    itself; the others get them rounded."""
+    itself; the others get them rounded. ``raw``: its calls by addresses, where it has such."""
 
     name: str
     does: str
@@ -37,6 +48,7 @@ class Backend:
     linear: Call
     conv2d: Call
     quantizes: bool = False
+    raw: RawMaker | None = None
 
 
 def _native_refuses(request: Request) -> str | None:
@@ -106,6 +118,22 @@ def _decode_conv2d(
 ) -> Tensor:
     r = request
     return decode_conv2d(x, weight, bias, r.geometry, r.act, r.split, r.accuracy)
+
+
+def _decode_raw(weight: Arranged, request: Request, shape: tuple[int, ...]) -> Raw | None:
+    r = request
+    exact, act = r.accuracy == "exact", act_code(r.act)
+    if r.kind == "linear":
+        return decode_linear_raw(weight, prod(shape[:-1]), act, exact, r.threads, r.dtype == "bfloat16")
+    return decode_conv2d_raw(weight, shape, r.geometry, act, r.split, exact, r.threads)
+
+
+def _lut_raw(weight: Arranged, request: Request, shape: tuple[int, ...]) -> Raw | None:
+    r = request
+    exact = r.accuracy == "exact"
+    if r.kind == "linear":
+        return lut_linear_raw(weight, prod(shape[:-1]), exact, r.threads)
+    return lut_conv2d_raw(weight, shape, r.geometry, exact, r.threads)
 
 
 def _triton_linear(
@@ -181,7 +209,12 @@ BACKENDS = (
         True,
     ),
     Backend(
-        "lut", "adds entries of tables of all codewords' products", _lut_refuses, _lut_linear, _lut_conv2d
+        "lut",
+        "adds entries of tables of all codewords' products",
+        _lut_refuses,
+        _lut_linear,
+        _lut_conv2d,
+        raw=_lut_raw,
     ),
     Backend(
         "decode",
@@ -190,6 +223,7 @@ BACKENDS = (
         _decode_linear,
         _decode_conv2d,
         True,
+        _decode_raw,
     ),
     Backend(
         "reference",
