@@ -22,8 +22,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_steps import Kept
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,9 +49,9 @@ def steps_of(part: str, device: str, size: str) -> Any:
     return getattr(importlib.import_module(module), name)(device, size)
 
 
-def run_all(options: list[str]) -> None:
-    """Every part in a process of its own, stopped when its time is over; one whose device context is lost
-    goes on in a new process with the steps that were not tried."""
+def run_all(options: list[str], opened: Callable[[], Kept]) -> None:
+    """Every part in a process of its own, stopped when its time is over, which is noted; one whose device
+    context is lost goes on in a new process with the steps that were not tried."""
     from benchmarks.gpu_steps import LOST
 
     for part, (_, seconds) in PARTS.items():
@@ -58,6 +63,7 @@ def run_all(options: list[str]) -> None:
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, 9)
                     code = process.wait()
+                    opened().stopped(part, seconds)
                     print(f"{part} was stopped after {seconds} s", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, part, *options, "--untried"]
 
@@ -87,13 +93,14 @@ def main() -> None:
     name = "a CPU, interpreted" if given.device == "cpu" else torch.cuda.get_device_name()
     tiny = f" --device {given.device} --size tiny" if given.size == "tiny" else ""
     command = f"python benchmarks/gpu.py all{tiny}"
-    kept = Kept(folder, name, given.size, command, markdown)
+    opened = partial(Kept, folder, name, given.size, command, markdown)
+    kept = opened()
     if given.again:
         for part in PARTS if "all" in given.parts else given.parts:
             kept.whole["parts"].pop(part, None)
     if "all" in given.parts:
         kept.save()
-        run_all(["--device", given.device, "--size", given.size, "--results", str(folder)])
+        run_all(["--device", given.device, "--size", given.size, "--results", str(folder)], opened)
         print((folder / "gpu.md").read_text())
         return
     for part in given.parts:

@@ -41,6 +41,14 @@ class Kept:
         self.rows(part)[name] = row
         self.save()
 
+    def stopped(self, part: str, seconds: int | None) -> None:
+        """Note that a part was stopped after so long, or (None) that it came to its end."""
+        rows = self.whole.setdefault("stopped", {})
+        rows.pop(part, None)
+        if seconds is not None:
+            rows[part] = seconds
+        self.save()
+
     def save(self) -> None:
         write_results("gpu", self.command, self.whole, self.text, self.folder)
 
@@ -65,6 +73,7 @@ def run_steps(part: str, steps: Steps, kept: Kept, failed_too: bool = True) -> N
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    kept.stopped(part, None)
 
 
 def synchronize(device: str) -> None:

@@ -19,11 +19,16 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     if found["size"] == "tiny":
         lines.append("**A trial of the code at a tiny size; none of these times mean anything.**\n")
-    for part in (p for p in TITLES if p in found["parts"]):
-        rows = found["parts"][part]
+    stopped = found.get("stopped", {})
+    for part in (p for p in TITLES if p in found["parts"] or p in stopped):
+        rows = found["parts"].get(part, {})
         good = {name: row for name, row in rows.items() if "fault" not in row}
         lines += [f"## {TITLES[part]}\n", *(TABLES[part](good) if good else ()), ""]
         lines += [f"Failed: {n} ({r['fault']}).\n" for n, r in rows.items() if "fault" in r]
+        if part in stopped:
+            lines.append(
+                f"Stopped after {stopped[part]} s: not all of its steps are here. Run again, it goes on.\n"
+            )
     return "\n".join(lines)
 
 

@@ -75,6 +75,18 @@ def test_a_step_that_fails_loses_nothing_and_is_tried_again(tmp_path: Path) -> N
     assert kept(tmp_path, "another GPU").whole["parts"] == {}
 
 
+def test_a_part_that_was_stopped_says_so_until_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {"dit": ("none", 1)})
+    options = ["--device", "cpu", "--size", "tiny", "--results", str(tmp_path)]
+    gpu.run_all(options, lambda: kept(tmp_path))  # its imports take longer
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## DiT-XL/2" in page and "Stopped after 1 s" in page
+    run_steps("dit", {}, kept(tmp_path))
+    assert "Stopped" not in (tmp_path / "gpu.md").read_text()
+
+
 def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
     def lost() -> dict[str, Any]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
