@@ -1,6 +1,7 @@
 # make demo: set up, and run a small main job on a bundled model, at a size where one format for all layers shows; make test: the tests; make check: lint, format, types; make docs: the site;
 # make fuzz: mutated inputs for everything that reads; make sanitize: the tests of the C++ kernels on a build of their own that finds reads and writes out of bounds and undefined behaviour (gcc); make arm: some of them
 # built for ARM, under qemu.
+# make gpu: on a machine with CUDA, the tests of the Triton kernels and what a GPU takes for kernels and whole models, in about ten minutes, into benchmarks/results/gpu.md; again: what is missing.
 # On a machine where the default torch is not wanted: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -14,11 +15,11 @@ JOBS ?= 2
 TERRAIN := adaptive-terrain-diffusion==0.4.2
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
-SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode backends/test_native_weights test_arranged test_fake_quant test_additive_search test_scalar_search)
+SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode backends/test_native_weights test_arranged test_fake_quant test_attention test_additive_search test_scalar_search)
 BUILD_TOOLS ?= $(SANITIZED)/tools
 PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test check docs sanitize arm fuzz clean
+.PHONY: demo test check docs sanitize arm fuzz gpu cuda clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -62,6 +63,15 @@ sanitize: $(INSTALLED)
 		OMP_NUM_THREADS=1 AQUABIT_REQUIRE_NATIVE=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN)/python) -S -m pytest -p no:cacheprovider $(SANITIZED_TESTS:%=tests/%.py) $(PYTEST_ARGS)
+
+# Tests, kernels and whole models on a GPU, each part with a time of its own. GPU_OPTIONS: --again. What the extra `cuda` brings is
+# in the environment of `make test` already.
+gpu: | cuda $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py all $(GPU_OPTIONS)
+
+cuda:
+	@command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | grep -q . || \
+		{ echo "make gpu needs a CUDA device, and nvidia-smi finds none here" >&2; exit 1; }
 
 arm: $(INSTALLED)
 	PYTHON=$(abspath $(BIN)/python) .ci/arm

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from aquabit.errors import AquabitError
 
 BITS = 3.0  # a weight, where no limit is given
+# limits of a front's other budgets relative to the one that is asked for, the nearest first
+SPREAD = (0.9, 1.1, 0.8, 1.25, 0.6, 1.5, 0.5, 2.0)
+OTHERS = len(SPREAD)
 
 
 @dataclass(frozen=True)

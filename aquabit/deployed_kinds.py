@@ -2,8 +2,8 @@
 
 Groups of inputs are those of the program. GGUF's (llama.cpp's ggml-common.h) lie in the order in which a
 row is stored, (cin, kh, kw); the others' are of channels at one tap, as SDNQ has them. Sources: OCP
-Microscaling 1.0 (mxfp4), NVIDIA's description of NVFP4, OCP 8-bit floats (fp8), QLoRA (arXiv 2305.14314) and
-bitsandbytes (nf4).
+Microscaling 1.0 (mxfp4, mxfp8), NVIDIA's description of NVFP4, OCP 8-bit floats (fp8), QLoRA (arXiv
+2305.14314) and bitsandbytes (nf4).
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ FP8 = _kind(
 MXFP4 = _kind(
     "mxfp4", ("mxfp4", "mxfp4h"), "mxfp4", "e2m1", lambda s: Factors("e8m0", 8), {"bits": 4, "group": 32}
 )
+MXFP8 = _kind(
+    "mxfp8", ("mxfp8", "mxfp8h"), "mxfp8", "e4m3", lambda s: Factors("e8m0", 8), {"bits": 8, "group": 32}
+)
 NVFP4 = _kind(
     "nvfp4",
     ("nvfp4", "nvfp4h"),
@@ -150,4 +153,4 @@ GGUF = (
     _gguf("q5_K", 5, 32, "uniform", _under("unsigned", 6, 32), offset=True),
     _gguf("q6_K", 6, 16, "signed", _under("signed", 8, 16)),
 )
-DEPLOYED = (INTEGERS, NF4, FP8, MXFP4, NVFP4, *GGUF)
+DEPLOYED = (INTEGERS, NF4, FP8, MXFP4, MXFP8, NVFP4, *GGUF)

@@ -87,8 +87,9 @@ class _Live(TorchDispatchMode):
 
 
 class _NoScores(TorchFunctionMode):
-    """While it lasts torch's attention makes its output alone, as its kernels do, and ours block by block
-    (``quant.attention``); on the meta device it would hold all scores, hundreds of GB for a video."""
+    """While it lasts torch's attention makes its output alone, as its kernels do, and ours
+    (``kernels.attention``: the scores of a block of queries); on the meta device it would hold all scores,
+    hundreds of GB for a video."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:

@@ -205,17 +205,18 @@ def _modelopt(scheme: Scheme, node: Node) -> str | None:
 def _comfy(scheme: Scheme, node: Node) -> str | None:
     """Source: ComfyUI, QUANTIZATION.md (layers of a file name their format; Linear layers are loaded so) and
     comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
-    scales and one float32, both sides multiples of 16; int8 with a scale for each row), decoded by
-    comfy-kitchen 0.2.40. Not verified by running it. With ``full_precision_matrix_mult`` activations stay
+    scales and one float32, both sides multiples of 16; mxfp8, of 32; int8 with a scale for each row), decoded
+    by comfy-kitchen 0.2.40. Not verified by running it. With ``full_precision_matrix_mult`` activations stay
     as they are; else those of int8 are rounded per token as ``i8`` (comfy_kitchen/tensor/int8.py and
     backends/eager/quantization.py, quantize_int8_rowwise), and those of fp8 under one scale of all tokens."""
-    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "int8"]) or _linear_only(node, "ComfyUI")
+    why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "mxfp8", "int8"]) or _linear_only(node, "ComfyUI")
     if why is None and scheme.kind == "fp8" and scheme.per_channel:
         return "ComfyUI's fp8 has one scale a tensor"
     if why is None and scheme.kind == "int" and scheme.group is not None:
         return "ComfyUI's int8 has a scale for each output channel"
-    if why is None and scheme.kind == "nvfp4" and any(size % 16 for size in node["shape"]):
-        return f"both sides of {list(node['shape'])} must be multiples of 16"
+    even = {"nvfp4": 16, "mxfp8": 32}.get(scheme.kind, 1)
+    if why is None and any(size % even for size in node["shape"]):
+        return f"both sides of {list(node['shape'])} must be multiples of {even}"
     return why
 
 
@@ -290,7 +291,7 @@ MODELOPT = Target(
 )
 COMFY = Target(
     "comfy",
-    ("nvfp4h", "fp8h", "int8h"),
+    ("nvfp4h", "mxfp8h", "fp8h", "int8h"),
     _comfy,
     (16, "i8"),
     _comfy_pairs,

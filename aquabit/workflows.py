@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from aquabit.budget import OTHERS
 from aquabit.exports import WRITERS, check_known
 from aquabit.exports.exported import Exported, check_activations, check_one_network
 from aquabit.files import check_apart, write_bytes
@@ -62,6 +63,7 @@ class FindOptions(WhereOptions, total=False):
     rounds: int | None
     per_round: int | None
     screen: int | None
+    front: int
 
 
 class RunOptions(WhereOptions, total=False):
@@ -97,6 +99,7 @@ class FlowOptions:
     kept: tuple[str, ...] = ()  # of "samples", "swaps", "images", "steps", "fits": what is not lowered
     # additive formats: ALL, or only WANTED ones (``search.worth_fitting``); None: as begun, else ALL
     fits: str | None = None
+    front: int = OTHERS  # other budgets that the search answers, too
 
     def __post_init__(self) -> None:
         if self.fits not in (None, ALL, WANTED):
@@ -228,7 +231,7 @@ def find(
     own size, on this machine with torch's threads. ``correction`` (as "cnc+bc"): candidates are measured and
     chosen after it, in a study that was measured without (``corrected_session``); a study that was measured
     with one needs none. ``target`` (a name of ``targets.TARGETS``): only what that program can hold, of what
-    the study measured. ``method``, ``rounds``, ``per_round`` and ``screen``: see
+    the study measured. ``method``, ``rounds``, ``per_round``, ``screen`` and ``front``: see
     ``search_options.SearchOptions``; workers, device, dtype, bank and ray: see ``measuring.where.Where``.
     Raises AquabitError for a budget that the space cannot meet (both ends are named), and for a configuration
     of ``against`` that is of another model.
@@ -329,13 +332,15 @@ def run(
     design: str = DEFAULT,
     within: str | None = None,
     fits: str | None = None,
+    front: int = OTHERS,
     progress: Progress = no_progress,
     **options: Unpack[RunOptions],
 ) -> Front:
     """The whole flow into a folder; run again, it continues where it stopped. ``within`` ("90s", "20min",
     "2h"): samples, swaps, images, steps and formats are lowered until the plan fits that time. ``fits``
     "wanted": additive formats are fitted only to layers where a configuration near ``bits`` is expected to
-    want them (``search.worth_fitting``); None: as the study was begun, else "all".
+    want them (``search.worth_fitting``); None: as the study was begun, else "all". ``front``: other budgets
+    that the search answers, too (``search_options.SearchOptions``).
 
     Writes study.db, sensitivity.json, front.json, config.json, packed/, samples.png and report/index.html;
     early on, first.json (``first_answer.FirstAnswer``, from gradients alone) with first-config.json, and the
@@ -344,7 +349,7 @@ def run(
     ray: see ``measuring.where.Where``; ``target``: see ``space.make_space``.
     """
     time_given = None if within is None else parse_time(within)
-    flow = FlowOptions(bits, flips, swap, time_given, fits=fits)
+    flow = FlowOptions(bits, flips, swap, time_given, fits=fits, front=front)
     sample = SampleOptions(samples, sample_seed, design)
     how, where = _measured(options)
     return run_flow(model, Path(out), flow, sample, how, where, progress)
@@ -402,10 +407,11 @@ def run_flow(
         new = session.measure(drawn, "sample", progress)
         clock.mark("sample")
         found = study.get("front")
-        if found is not None and not new and _answers(found, budget, session.protocol.objective):
+        asked = SearchOptions(budget, seed=sample.seed, front=flow.front)
+        if found is not None and not new and _answers(found, asked, session.protocol.objective):
             front = Front.from_dict(found)  # everything was there: nothing is searched twice
         else:
-            front = find_in(session, SearchOptions(budget, seed=sample.seed), progress)
+            front = find_in(session, asked, progress)
             early.page("checking the ranking by real swaps")
         clock.mark("search")
         if sample.samples:
@@ -448,10 +454,12 @@ def run_flow(
     return front
 
 
-def _answers(front: Mapping[str, Any], budget: Budget, objective: str) -> bool:
-    """Whether a stored front is that of a budget and an objective (which older ones do not tell)."""
-    told = (front["comparison"] or {}).get("metric", objective)
-    return bool(front["budget"] == asdict(budget) and told == objective)
+def _answers(front: Mapping[str, Any], asked: SearchOptions, objective: str) -> bool:
+    """Whether a stored front is that of a budget, an objective, and at least so many other budgets (which
+    older ones do not tell)."""
+    told = front["comparison"] or {}
+    alike = front["budget"] == asdict(asked.budget) and told.get("metric", objective) == objective
+    return bool(alike and told.get("front", OTHERS) >= asked.front)
 
 
 def _within(
@@ -466,7 +474,7 @@ def _within(
 ) -> tuple[FlowOptions, SampleOptions, MeasureOptions]:
     """With the settings that fit ``flow.within``."""
     found = settled_within(
-        lambda: Planner(model, study, options, where, progress), study, flow, sample, options
+        lambda: Planner(model, study, options, where, progress, flow.front), study, flow, sample, options
     )
     if "planned" not in study:
         with study.writing():

@@ -84,7 +84,7 @@ def answers(folder: Path, model: str, bits: Sequence[float]) -> dict[str, Any]:
     for source in SOURCES:
         with session_of(folder, model, source) as session:
             for each in bits:
-                search = Search(session, SearchOptions(Budget(bits=each), spread=()), say)
+                search = Search(session, SearchOptions(Budget(bits=each), front=0), say)
                 (solved,) = program_answers(search).values()
                 found[f"{source} {each:g}"] = solved.choices.config
     return found

@@ -6,7 +6,7 @@ effects      the ranking by damages beside real swaps (usq4h to usq2h) of every 
 correction   PTQD's corrections of noise
 steps        activation bits by step at equal BOPs
 finetune     uniform usq2h, layer-wise and tuned
-table        benchmarks/results/fashion.json and fashion.md
+table        benchmarks/results/fashion.json and fashion.md, where what is not measured anew keeps its rows
 
 The same functions as on the digits (rivals.py, effects.py, correction.py, step_bits.py), with fewer images.
 It continues where it stopped.
@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import (
+    RESULTS,
     about,
     difference,
     mean,
@@ -328,12 +329,16 @@ def main() -> None:
             if part in PARTS:
                 write(given.folder / f"fashion-{part}-{model}.json", PARTS[part](given.folder, model))
     if {"table", "all"} & set(given.parts):
+        old = read(RESULTS / "fashion.json")
         found: dict[str, dict[str, Any]] = {}
         for part in PARTS:
             files = {m: given.folder / f"fashion-{part}-{m}.json" for m in given.models}
-            found[part] = {m: read(file) for m, file in files.items() if file.exists()}
+            new = {m: read(file) for m, file in files.items() if file.exists()}
+            rows = old.get(part, {}) | new
+            found[part] = {m: rows[m] for m in MODELS if m in rows}
         ran = " ".join(part for part in PARTS if found[part])
-        command = f"python benchmarks/fashion.py {ran} table --models {' '.join(given.models)}"
+        models = " ".join(m for m in MODELS if any(m in rows for rows in found.values()))
+        command = f"python benchmarks/fashion.py {ran} table --models {models}"
         write_results("fashion", command, found, text)
 
 

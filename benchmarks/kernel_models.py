@@ -44,6 +44,13 @@ SCHEMES = (
     ("aq2x6k", 16),
 )  # with activation bits; k is groups of 8 where there is no kernel: 2, 2 and 1.5 bits
 SMALL = (("usq4", 8), ("usq2", 8))
+BITS = (("usq2", 8), ("usq4", 8))
+SD15 = {
+    "class": "UNet2DConditionModel",
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}  # stable-diffusion-v1-5
 
 
 def bundled(name: str) -> dict[str, Any]:
@@ -53,13 +60,17 @@ def bundled(name: str) -> dict[str, Any]:
 
 
 CASES = {  # name: config, samples in a call (guidance takes two), threads, seconds, schemes
-    "DiT-XL/2, one block": (DIT | {"num_layers": 1}, 2, (1, 2), 5.0, SCHEMES),
-    "DiT-XL/2, 28 blocks": (DIT, 2, (2,), 30.0, SCHEMES[:2]),
-    "U-Net of LDM-4's shapes": (LDM4, 2, (2,), 40.0, SCHEMES[:2]),
+    "DiT-XL/2, one block": (DIT | {"num_layers": 1}, (2,), (1, 2), 5.0, SCHEMES),
+    "DiT-XL/2, 28 blocks": (DIT, (2,), (2,), 30.0, BITS),
+    "U-Net of LDM-4's shapes": (LDM4, (2,), (2,), 40.0, (*BITS, SCHEMES[1])),
+    "SD 1.5's U-Net at 64 x 64": (SD15, (2,), (2,), 60.0, BITS),
 }
-BUNDLED_CASES = {n: (bundled(n), 16, (1,), 8.0, SMALL) for n in ("fashion-unet", "fashion-dit")}
+BUNDLED_CASES = {
+    n: (bundled(n), (1, 16), (1, 2), 4.0, SMALL)
+    for n in ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit")
+}
 ROUNDS = (3, 30)
-DENSE = "dense float32"
+DENSE, TWO_BITS = "dense float32", "usq2 a8 packed"
 
 Call = Callable[[], Tensor]
 
@@ -69,11 +80,11 @@ def models(
 ) -> list[dict[str, Any]]:
     """Every case whose name holds ``only``; ``quick``: only the first, on most threads."""
     rows: list[dict[str, Any]] = []
-    for name, (config, batch, counts, seconds, schemes) in list(cases.items())[: 1 if quick else None]:
+    for name, (config, batches, counts, seconds, schemes) in list(cases.items())[: 1 if quick else None]:
         if only not in name:
             continue
         variants = built(config, schemes, progress)
-        for count in counts[-1:] if quick else counts:
+        for batch, count in [(b, c) for b in batches for c in (counts[-1:] if quick else counts)]:
             with threads(count):
                 rows += timed(
                     variants,
@@ -201,7 +212,7 @@ def own(weight: Weight) -> Weight:
     return replace(weight, packed=weight.packed.clone())
 
 
-def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
+def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype, device: str = "cpu") -> Call:
     """One call with ``batch`` samples of random inputs, the same for every denoiser of a class."""
     rng = torch.Generator().manual_seed(0)
 
@@ -212,9 +223,9 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype) -> Call:
             return value
         shape = (batch, *value.shape[1:]) if value.ndim else ()
         return (
-            torch.randn(shape, generator=rng).to(dtype)
+            torch.randn(shape, generator=rng).to(device, dtype)
             if value.is_floating_point()
-            else torch.zeros(shape, dtype=value.dtype)
+            else torch.zeros(shape, dtype=value.dtype, device=device)
         )
 
     inputs = real(example_inputs(denoiser))
@@ -272,6 +283,7 @@ def timed(
                 "rounds": len(own_times),
                 "over_float32": ratio(times[DENSE], own_times),
                 "over_bfloat16": ratio(times["dense bfloat16"], own_times),
+                **({"over_two_bits": ratio(times[TWO_BITS], own_times)} if TWO_BITS in times else {}),
                 "resident": resident_bytes(layers.values()),
                 "dense_float32": 4 * size,
                 "bits": 8 * stored / size if stored else None,

@@ -68,6 +68,13 @@ def by_case(rows: Rows, keep: Callable[[dict[str, Any]], bool], kernels: tuple[s
     return list(found.values())
 
 
+WHOLE = {  # whole denoisers and what they are to be over dense ones, all activations rounded
+    "U-Net of LDM-4's shapes": {"float32": 2.2, "bfloat16": 1.3},
+    "DiT-XL/2, 28 blocks": {"float32": 3.3, "bfloat16": 1.6},
+    "SD 1.5's U-Net at 64 x 64": {"float32": 2.0, "bfloat16": 1.2},
+}
+
+
 def figures(found: dict[str, Any]) -> Rows:
     """What the issue asks for and what was reached: of the best kernel (and format) in the worst case."""
     linear, conv, peers, models = (
@@ -103,6 +110,7 @@ def figures(found: dict[str, Any]) -> Rows:
                     "over_float32",
                 )
             )
+    rows += attention_figures(found.get("attention", {}).get("rows", []))
     main = [
         r
         for r in peers
@@ -120,6 +128,13 @@ def figures(found: dict[str, Any]) -> Rows:
                 "over_aqlm",
             )
         )
+    for model, targets in WHOLE.items():
+        mine = {r["variant"]: r for r in models if r["model"] == model}
+        two, four = ([mine[v]] if v in mine else [] for v in ("usq2 a8 packed", "usq4 a8 packed"))
+        for dense, target in targets.items():
+            rows.append(figure(f"{model}, everything rounded, over {dense}", target, [two], f"over_{dense}"))
+        four = [r for r in four if "over_two_bits" in r]
+        rows.append(figure(f"{model}, the same at 4 bits over 2 bits", 0.9, [four], "over_two_bits"))
     for model in dict.fromkeys(r["model"] for r in models):
         mine = [r for r in models if r["model"] == model]
         for how, target in (("packed", 2.0), ("auto", 1 / 1.05)):
@@ -130,12 +145,28 @@ def figures(found: dict[str, Any]) -> Rows:
             cases = cases if how == "packed" else [[r] for r in ours]  # auto: every format
             rows.append(figure(f"{model} over float32, memory={how}", target, cases, "over_float32"))
     small_models = found.get("bundled", {}).get("rows", [])
-    for model in dict.fromkeys(r["model"] for r in small_models):
-        cases = [
-            [r] for r in small_models if r["model"] == model and r["variant"].endswith(" a8 packed")
-        ]  # every format, everything rounded
-        rows.append(figure(f"{model} over float32, memory=packed", 1.0, cases, "over_float32"))
+    for (model, batch), mine in _cases(small_models, ("model", "batch")).items():
+        cases = [[r] for r in mine if r["variant"].endswith(" a8 packed")]  # every format, all rounded
+        claim = f"{model}, {count(batch, 'sample')} over float32, memory=packed"
+        rows.append(figure(claim, 1.0 if batch == 1 else 1.3, cases, "over_float32"))
     return [r for r in rows if r is not None]
+
+
+def attention_figures(rows: Rows) -> list[dict[str, Any] | None]:
+    """Of the kernel that rounds: beside torch's own at many tokens, and beside its form in torch at few."""
+    many = [r for r in rows if r["shape"] == "8 heads of 64" and r["tokens"] >= 1024]
+    few = [r for r in rows if r["tokens"] <= 64]
+    wanted = (
+        ("attention over float32, 1,024 and 4,096 tokens", 1.5, many, "float32", "over_float32"),
+        ("attention in bfloat16 over bfloat16, the same", 1.0, many, "bfloat16", "over_bfloat16"),
+        ("attention over its form in torch, 16 and 64 tokens", 1.0, few, "float32", "over_torch_form"),
+    )
+    return [
+        figure(
+            claim, target, [[r] for r in own if r["format"] == "rounded" and r["kernel"] == kind], ratio_name
+        )
+        for claim, target, own, kind, ratio_name in wanted
+    ]
 
 
 def small(scheme: str) -> bool:
@@ -218,6 +249,30 @@ def layer_tables(rows: Rows, other: str | None = None) -> str:
     return "\n".join(parts)
 
 
+def attention_section(rows: Rows) -> str:
+    """A table per shape and threads: a line for each kernel and type."""
+    parts = []
+    for (shape, threads), mine in _cases(rows, ("shape", "threads")).items():
+        parts.append(f"### {shape}, {count(threads, 'thread')}\n")
+        lines = [
+            [
+                f"{r['tokens']:,}",
+                f"{r['format'] or 'torch, not rounded'}, {r['kernel']}",
+                f"{r['ms']:.3f}",
+                f"{r['gmac_s']:.2g}",
+                spread(r["over_float32"]),
+                spread(r["over_bfloat16"]),
+                spread(r["over_torch_form"]),
+                f"{r['error']:.0e} ({r['error_norm']:.0e})",
+                r["rounds"],
+            ]
+            for r in mine
+        ]
+        head = ["tokens", "kernel", "ms", "GMAC/s", "over float32", "over bfloat16", "over its form in torch"]
+        parts.append(table([*head, "errors (of norm)", "rounds"], lines))
+    return "\n".join(parts)
+
+
 def peers_section(rows: Rows) -> str:
     theirs = [r for r in rows if "over_aqlm" in r]
     lines = [
@@ -256,7 +311,7 @@ def models_section(rows: Rows) -> str:
                 [
                     r["variant"],
                     "" if r["bits"] is None else f"{r['bits']:.2f}",
-                    f"{r['ms']:.0f}",
+                    f"{r['ms']:.{0 if r['ms'] >= 100 else 2}f}",
                     spread(r["over_float32"]),
                     spread(r["over_bfloat16"]),
                     f"{r['resident'] / 1e6:.1f} ({100 * r['resident'] / r['dense_float32']:.1f} %)",
@@ -360,6 +415,15 @@ ABOUT = {
         "3 x 3 convolutions of LDM-4's U-Net, one image",
         "As above; float32 is the faster of two layouts.",
     ),
+    "attention": (
+        "Attention with probabilities rounded to 8 bits",
+        (
+            "Random Q, K and V, heads side by side in each token. Errors are to float64, of the same rounding"
+            " where there is one; a probability halfway between two points of its grid may go to the other"
+            " one. The bound of a core is that of its float32 multiply-adds for the scores and of its integer"
+            " dot products of 16 bits for the values (Bounds, below)."
+        ),
+    ),
     "peers": (
         "What a user could take today",
         (
@@ -388,6 +452,7 @@ ABOUT = {
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "linear": layer_tables,
     "conv": layer_tables,
+    "attention": attention_section,
     "peers": peers_section,
     "models": models_section,
     "bundled": models_section,

@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from aquabit.kernels import codebook_conv2d, codebook_linear, fake_quantize
+from aquabit.kernels import fake_quantize
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight, backend_named
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.dispatch import conv2d_request, held, linear_request
+from aquabit.kernels.dispatch import context_of, conv2d_request, held, linear_request
 from aquabit.kernels.geometry import Geometry
 from aquabit.kernels.request import Request, format_of
 from aquabit.kernels.time_requests import random_weight
 from aquabit.quant.kernel_tuning import format_for
+from aquabit.quant.layers import quant_layer
 from aquabit.scheme import Scheme
 
 Run = Callable[[], Tensor]
@@ -149,13 +150,19 @@ def contenders(layer: Layer, x: Tensor, bias: Tensor) -> dict[str, Run]:
     }
 
 
-def call(layer: Layer, x: Tensor, bias: Tensor, backend: str | None, accuracy: Any, act: int) -> Run:
-    if x.ndim == 4:
-        side = layer.shape[2] // 2
-        return lambda: codebook_conv2d(
-            x, layer.weight, bias, padding=side, accuracy=accuracy, backend=backend, act=act
-        )
-    return lambda: codebook_linear(x, layer.weight, bias, accuracy, backend, act=act)
+def call(layer: Layer, x: Tensor, bias: Tensor, backend: str, accuracy: Any, act: int) -> Run:
+    """A layer's call as a model makes it, where that kernel is the fastest that is known."""
+    shape, side = layer.shape, layer.shape[-1] // 2
+    plain = (
+        nn.Conv2d(shape[1], shape[0], shape[2:], padding=side, device="meta")
+        if x.ndim == 4
+        else nn.Linear(shape[1], shape[0], device="meta")
+    )
+    own = quant_layer(plain.to_empty(device="cpu"))
+    own.set_packed_(layer.weight, Scheme.parse(layer.scheme))
+    own.bias, own.accuracy, own.act = bias, accuracy, act
+    context = context_of({request(layer, x, accuracy, act).key: {backend: 1.0}})
+    return lambda: context.run(own, x)
 
 
 def expected(layer: Layer, x: Tensor, bias: Tensor, act: int) -> Tensor:

@@ -4,10 +4,12 @@ linear     DiT-XL/2's layers at 1, 256 and 1024 tokens, one and two threads, aga
            bfloat16, with errors against float64
 conv       3 x 3 convolutions of LDM-4's U-Net, against oneDNN in float32 (the better of two layouts) and
            bfloat16
+attention  attention with rounded probabilities against torch's own in float32 and bfloat16, and against its
+           form in torch
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
 models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
            codes, memory packed and auto
-bundled    denoisers of the classes and sizes of fashion-unet and fashion-dit, 16 samples, one thread
+bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one and two threads
 roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
            reached (after them)
 all        every part
@@ -143,6 +145,12 @@ def peers(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick)
 
 
+def attention(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_attention import attention as run
+
+    return run(progress, quick)
+
+
 def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     from benchmarks.kernel_models import models as run
 
@@ -167,6 +175,7 @@ def roofline(progress: Progress, quick: bool) -> Rows:
 PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
     "linear": linear,
     "conv": conv,
+    "attention": attention,
     "peers": peers,
     "models": models,
     "bundled": bundled,

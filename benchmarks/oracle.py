@@ -101,7 +101,7 @@ def oracle(folder: Path, model: str, bits: float, count: int) -> dict[str, Any]:
     from aquabit.search.search_options import SearchOptions
 
     with session_of(folder / f"oracle-{model}.db", model, folder) as session:
-        search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, spread=()), say)
+        search = Search(session, SearchOptions(Budget(bits=bits), seed=SEED, front=0), say)
         program = program_answers(search)[search.options.budget]
         start = program.choices
         context = wide.ContextModel(session, search.damages, search.activations, SEED, say)

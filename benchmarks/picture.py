@@ -67,7 +67,7 @@ def search(folder: Path, model: str, uniform: Sequence[str]) -> None:
             if name in done:
                 continue
             budget = Budget(bytes=int(session.costs(session.space.uniform(name)).bytes))
-            found = Search(session, SearchOptions(budget, spread=()), say)
+            found = Search(session, SearchOptions(budget, front=0), say)
             propose(found)
             program = next(c.config for c in found.candidates.values() if c.source == "program")
             winner, _ = choose_winner(found)

@@ -74,7 +74,7 @@ def search(folder: Path, model: str, seeds: Sequence[int], bits: Sequence[float]
                 continue
             with session_of(folder / f"search-{model}-{seed}.db", model, folder) as session:
                 before = len(session.study.measurements(failed=True))
-                found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, spread=()), say)
+                found = Search(session, SearchOptions(Budget(bits=budget), seed=seed, front=0), say)
                 propose(found)
                 winner, judgement = choose_winner(found)
                 table = session.study.measurements(failed=True)

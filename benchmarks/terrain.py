@@ -165,7 +165,7 @@ def search(folder: Path) -> None:
         for name in BUDGETS:
             if "search" in done.get(name, {}):
                 continue
-            found = Search(session, SearchOptions(budget_of(session, name), spread=()), say)
+            found = Search(session, SearchOptions(budget_of(session, name), front=0), say)
             propose(found)
             program = next(c.config for c in found.candidates.values() if c.source == "program")
             done[name] = {"program": program.to_dict()}

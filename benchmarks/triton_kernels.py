@@ -48,7 +48,7 @@ CONV = [(192, 32), (384, 32), (576, 16), (960, 16)]  # channels, size: LDM-4, 3 
 BATCH, ROUNDS, WARM, ASKED = 8, 30, 3, 20
 
 
-def made(name: str, shape: tuple[int, ...], seed: int = 0) -> CodebookWeight:
+def made(name: str, shape: tuple[int, ...], device: str = "cuda", seed: int = 0) -> CodebookWeight:
     bits, group, books, per_row, size = FORMATS[name]
     generator = torch.Generator().manual_seed(seed)
     out, row = shape[0], torch.Size(shape[1:]).numel()
@@ -60,7 +60,7 @@ def made(name: str, shape: tuple[int, ...], seed: int = 0) -> CodebookWeight:
     )
     scale = 0.02 * (0.5 + torch.rand((out, row // size) if size else (out,), generator=generator))
     offset = None if tables is not None else -scale * (1 << bits) / 2
-    return CodebookWeight.from_codes(codes, tables, scale, offset, shape, bits).to("cuda")
+    return CodebookWeight.from_codes(codes, tables, scale, offset, shape, bits).to(device)
 
 
 def replayed(run: Callable[[], Tensor]) -> Callable[[], None]:
@@ -76,8 +76,11 @@ def replayed(run: Callable[[], Tensor]) -> Callable[[], None]:
     return graph.replay
 
 
-def paired(runs: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-    """Milliseconds of each on the device, round by round."""
+def paired(runs: dict[str, Callable[[], Tensor]], device: str = "cuda") -> dict[str, list[float]]:
+    """Milliseconds of each on the device, round by round; on a CPU, where nothing but this code is tried, of
+    one call each."""
+    if device == "cpu":
+        return {name: [called(run)] for name, run in runs.items()}
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     graphs = {name: replayed(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -91,6 +94,12 @@ def paired(runs: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
             end.synchronize()
             times[name].append(start.elapsed_time(end))
     return times
+
+
+def called(run: Callable[[], Tensor]) -> float:
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def asking(run: Callable[[], Tensor]) -> float:

@@ -531,6 +531,37 @@ def gguf_file() -> Target:
     return Target("GGUF file", lambda r: flipped(good, r), use)
 
 
+def comfy_file() -> Target:
+    """What ``search --against`` reads of a file of ComfyUI's."""
+    import networkx as nx
+    from safetensors.torch import save
+
+    from aquabit.exports.comfy import METADATA
+    from aquabit.exports.readers import read_others
+
+    graph = nx.DiGraph()
+    graph.add_node("a", kind="linear", shape=(4, 64), depth=0)
+    graph.add_node("b", kind="linear", shape=(2, 32), depth=1)
+    graph.add_node("c", kind="linear", shape=(2, 32), depth=2)
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    tensors = {
+        "a.weight": torch.zeros(4, 32, dtype=torch.uint8),
+        "b.weight": torch.zeros(2, 32, dtype=torch.int8),
+        "b.comfy_quant": mark,
+        "c.weight": torch.zeros(2, 32),
+    }
+    good = save(tensors, {METADATA: json.dumps({"layers": {"a": {"format": "nvfp4"}}})})
+
+    def use(data: bytes) -> None:
+        with written(data, "net.safetensors") as path:
+            config = read_others(path, graph, "f")
+        if config is not None:
+            known = {"fp", "nvfp4", "int8", "fp8", "mxfp8"}
+            same({str(config[n].weight) for n in graph} - known, set(), "unknown schemes")
+
+    return Target("ComfyUI file", lambda r: flipped(good, r), use)
+
+
 @cache
 def _folders_of_others() -> tuple[Any, tuple[tuple[bytes, bytes], ...]]:
     """A small model's graph, and (config.json, weights) as the writers of folders make them."""
@@ -1132,6 +1163,7 @@ MAKERS: tuple[Callable[[], Target], ...] = (
     finetuning_settings,
     given_configuration,
     gguf_file,
+    comfy_file,
     folder_of_others,
     study_file,
     bank_file,

@@ -203,6 +203,7 @@ def test_torchao_reads_these_forms(scheme: str, act: Rounding) -> None:
         ("fp8c", {"num_bits": [4, 3], "axis": 0}),
         ("nvfp4", {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]}}),
         ("mxfp4", {"num_bits": [2, 1], "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]}}),
+        ("mxfp8", {"num_bits": [4, 3], "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]}}),
         ("int4g32", {"num_bits": 4, "block_sizes": {-1: 32}}),
         ("int8", {"num_bits": 8, "axis": 0}),
     ],

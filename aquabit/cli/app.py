@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aquabit.budget import BITS
+from aquabit.budget import BITS, OTHERS
 from aquabit.cli import findings, groups, options, tables
 from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
 from aquabit.files import write_bytes, write_text
@@ -57,6 +57,7 @@ def run(
     samples: options.Samples = 120,
     flips: Annotated[int, typer.Option("--flips", min=0, help="Real swaps that check the explanation.")] = 40,
     swap: options.Swap = None,
+    front: options.Front = OTHERS,
     within: options.Within = None,
     fits: options.Fits = None,
     plan: options.PlanOnly = False,
@@ -74,7 +75,7 @@ def run(
     named = {"samples": "samples", "swaps": "flips", "images": "images", "steps": "steps", "fits": "fits"}
     kept = tuple(name for name, option in named.items() if groups.given(context, option))
     seconds = None if within is None else parse_time(within)
-    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept, fits)
+    flow = workflows.FlowOptions(bits, flips, swap, seconds, kept, fits, front)
     sample = SampleOptions(samples, measuring.seed)
     asked, where = measuring.options(context), machine.where(measuring.dtype)
     if plan:
@@ -83,16 +84,16 @@ def run(
     if mlflow is not None:
         mlflow_run.client(mlflow)  # said before anything is measured
     with bars() as progress:
-        front = workflows.run_flow(
+        found = workflows.run_flow(
             model, out, flow, sample, asked, where, progress, told=partial(tell, json_)
         )
     if mlflow is not None:
         mlflow_run.log_run(Study(out / "study.db"), out / "report", mlflow)
-    if not emit(front.to_list(), json_):
+    if not emit(found.to_list(), json_):
         study = Study(out / "study.db")
         if "sensitivity" in study:
             findings.show_sensitivity(study.get("sensitivity"), 10)
-        findings.show_front(front)
+        findings.show_front(found)
         findings.show_notes(study)
         pictures = f"images: {out / 'samples.png'}   " if (out / "samples.png").exists() else ""
         console.print(f"report: {out / 'report' / 'index.html'}   {pictures}packed model: {out / 'packed'}")
@@ -114,7 +115,7 @@ def _plan_run(
 
     study = Study(out / "study.db") if (out / "study.db").exists() else None
     with bars() as progress:
-        planner = Planner(model, study, asked, where, progress)
+        planner = Planner(model, study, asked, where, progress, flow.front)
     planner.check(flow.bits, flow.swap)
     if flow.within is not None:
         fitted = settled_within(lambda: planner, study, flow, sample, asked)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from aquabit.budget import OTHERS
 from aquabit.cli import options
 from aquabit.files import check_apart
 from aquabit.inputs import read_inputs
@@ -327,7 +328,8 @@ class Searching:
             metavar="FILE",
             help=(
                 "A configuration that the winner must not lose to: config.json, ModelOpt's quant_cfg, a GGUF"
-                " file of the model, a folder of SDNQ, bitsandbytes or torchao; may be repeated."
+                " file of the model or one of ComfyUI, a folder of SDNQ, bitsandbytes or torchao; may be"
+                " repeated."
             ),
         ),
     ] = None
@@ -370,6 +372,7 @@ class Searching:
         ),
     ] = None
     seed: Annotated[int, typer.Option("--seed")] = 0
+    front: options.Front = OTHERS
 
     def options(self, budget: Budget, study: Study) -> SearchOptions:
         """As a value; configurations are read for the study's space."""
@@ -388,7 +391,8 @@ class Searching:
 
         space = SearchSpace.from_dict(study.need("space", "run `aquabit measure MODEL --study` first"))
         rivals = [(path.name, read_rival(path)) for path in self.against or ()]
-        return SearchOptions(budget, self.method, self.rounds, self.per_round, self.screen, self.seed, rivals)
+        how = (self.method, self.rounds, self.per_round, self.screen, self.seed)
+        return SearchOptions(budget, *how, rivals, self.front)
 
 
 @dataclass(frozen=True)

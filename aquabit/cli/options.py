@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from aquabit.budget import OTHERS
 from aquabit.cli.progress import tell
 from aquabit.scheme import LOWER_IS_BETTER, SCHEDULERS
 from aquabit.targets import TARGETS
@@ -189,6 +190,15 @@ StepGroups = Annotated[
             "First steps of 2 to 5 groups of steps, as 0,5: activation bits may change between them (search"
             " --bops)."
         ),
+    ),
+]
+Front = Annotated[
+    int,
+    typer.Option(
+        "--front",
+        min=0,
+        max=OTHERS,
+        help="Other budgets that are answered and measured, too, the nearest first; 0: this one alone.",
     ),
 ]
 Swap = Annotated[

@@ -157,6 +157,11 @@ def show_placement(placement: Any) -> None:
     share = f"{placement.resident / 1e6:.2f} MB resident of {placement.dense / 1e6:.2f} MB dense"
     copies = f", {len(placement.copies)} dense copies among them" if placement.copies else ""
     console.print(f"layers by kernel: {kernels}; weights: {share}{copies}", highlight=False)
+    if placement.slower:
+        wanted = "--memory auto keeps some" if not placement.copies else "there is no room for more"
+        console.print(
+            f"{placement.slower} layers would be faster with a dense copy; {wanted}", highlight=False
+        )
 
 
 def _machine(rows: Any) -> None:

@@ -2,9 +2,9 @@
 
 A layer's weight holds codes, ``weight_scale`` beside it the scales, ``weight_scale_2`` what is over those of
 nvfp4 (ComfyUI's QUANTIZATION.md; comfy-kitchen, which decodes them, 0.2.40). fp8 has one scale for a tensor,
-int8 one for each output, nvfp4 those of blocks in the order in which tensor cores take them. Layers whose
-inputs are at 16 bits here are marked ``full_precision_matrix_mult``: the others ComfyUI rounds, by its own
-ranges. Names are those of the model as it was first published.
+int8 one for each output, nvfp4 and mxfp8 those of blocks in the order in which tensor cores take them. Layers
+whose inputs are at 16 bits here are marked ``full_precision_matrix_mult``: the others ComfyUI rounds, by its
+own ranges. Names are those of the model as it was first published.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from aquabit.scheme import FP, AquabitError, LayerChoice, Scheme
 METHOD = "comfy"
 METADATA, VERSION = "_quantization_metadata", "1.0"
 NOTE = "aquabit.config"  # of the header: how a file of ours is known
-FORMATS = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4", "int8": "int8_tensorwise"}
+FORMATS = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4", "mxfp8": "mxfp8", "int8": "int8_tensorwise"}
 TILE = (128, 4)  # of scales that lie together (cuBLAS, block scaling factors); 32 rows apart share 16 bytes
-EVEN = 16  # rows and inputs that ComfyUI fills up with zeros where they are no multiple
+# rows and inputs that ComfyUI fills up with zeros where they are no multiple
+EVEN = {"nvfp4": 16, "mxfp8": 32}
 
 
 def format_of(scheme: Scheme) -> str | None:
@@ -55,8 +56,8 @@ def check(exported: Exported) -> None:
             why = f"ComfyUI's formats are {', '.join(FORMATS)} of the schemes here"
         elif node["kind"] != "linear":
             why = "ComfyUI quantizes Linear layers"
-        elif scheme.kind == "nvfp4" and any(size % EVEN for size in node["shape"]):
-            why = f"rows and inputs of {list(node['shape'])} must be multiples of {EVEN}"
+        elif any(size % EVEN.get(scheme.kind, 1) for size in node["shape"]):
+            why = f"rows and inputs of {list(node['shape'])} must be multiples of {EVEN[scheme.kind]}"
         if why is not None:
             raise AquabitError(
                 f"layer {name!r} cannot be {scheme}: {why}; leave it at fp, or search with --target comfy"
@@ -69,12 +70,12 @@ def _check_place(place: Place, exported: Exported) -> None:
     """Raise AquabitError for layers that are one tensor of a file and cannot share what is stored once."""
     found = {part: _choice(exported, part) for part in place.parts}
     forms = {format_of(choice.weight) for choice in found.values()}
-    if len(found) == 1 or forms in ({None}, {FORMATS["int8"]}):
+    if len(found) == 1 or forms in ({None}, {FORMATS["int8"]}, {FORMATS["mxfp8"]}):
         return
     listed = ", ".join(f"{part.removesuffix('.weight')} {choice.weight}" for part, choice in found.items())
     raise AquabitError(
         f"{listed}: they are one tensor of ComfyUI's, {place.name}, and have scales of their own;"
-        " together they can be int8 or fp"
+        " together they can be int8, mxfp8 or fp"
     )
 
 
@@ -133,6 +134,12 @@ def stored(coded: Sequence[CodebookWeight], kind: str, swapped: bool = False) ->
             "weight": pairs[..., 0] << 4 | pairs[..., 1],
             "weight_scale": tiled(_joined([scale.integers], swapped)).view(torch.float8_e4m3fn),
             "weight_scale_2": scale.over.reshape(()),
+        }
+    if kind == "mxfp8":
+        integers = _joined([scale.integers for scale in scales if isinstance(scale, CodedScale)], swapped)
+        return {
+            "weight": codes.contiguous().view(torch.float8_e4m3fn),
+            "weight_scale": tiled(integers).view(torch.float8_e8m0fnu),
         }
     numbers = [scale.float().reshape(-1, 1) for scale in scales if scale is not None]
     if kind == "float8_e4m3fn":

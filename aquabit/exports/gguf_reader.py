@@ -5,29 +5,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aquabit.exports.gguf_blocks import FIELDS
 from aquabit.exports.gguf_file import SHAPE, GGUFFile, read_file
-from aquabit.exports.gguf_names import ARCHITECTURES, LDM, Place, places_of
+from aquabit.exports.placed import Part, parts_of
 from aquabit.graph import LayerGraph, fixed_layers, layers
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SCHEMES = {name.upper(): Scheme.parse(name) for name in FIELDS} | dict.fromkeys(DENSE, FP)
-
-
-class Part(NamedTuple):
-    """Where a layer's weight lies: the tensor and the rows that are the layer's, in order."""
-
-    tensor: str
-    rows: tuple[slice, ...]
 
 
 def read(path: str | Path, graph: LayerGraph, fingerprint: str) -> QuantConfig:
@@ -93,63 +85,7 @@ def _check_known(file: GGUFFile, tensors: set[str]) -> None:
 
 def _parts(file: GGUFFile, graph: LayerGraph) -> dict[str, Part]:
     """Where the layers of a model lie in a file."""
-    if "parts" in graph.graph:
-        raise AquabitError(
-            f"{file.path} holds one network, and the model has {', '.join(graph.graph['parts'])}; give one"
-            " component"
-        )
-    nodes = layers(graph)
-    names = [f"{name}.weight" for name in nodes]
-    places = _found(file, str(graph.graph.get("model_class", "")), names)
-    shapes = {f"{name}.weight": tuple(node["shape"]) for name, node in nodes.items()}
-    return {
-        part.removesuffix(".weight"): rows
-        for place in places
-        for part, rows in _rows(file, place, shapes).items()
-    }
-
-
-def _found(file: GGUFFile, model_class: str, names: list[str]) -> tuple[Place, ...]:
-    """The places of all layers by the names that the file has: the model's own, or published ones, with or
-    without a prefix."""
-    own = tuple(Place(name, (name,)) for name in names)
-    published = ARCHITECTURES.get(model_class)
-    candidates = [own] if published is None else [places_of(published, names), own]
-    best: tuple[Place, ...] = own
-    fewest = len(names) + 1
-    for places in candidates:
-        for prefix in ("", LDM):
-            there = tuple(Place(prefix + p.name.removeprefix(LDM), p.parts, p.swapped) for p in places)
-            lacking = sum(p.name not in file.tensors for p in there)
-            if places and lacking < fewest:
-                best, fewest = there, lacking
-    if fewest:
-        lacks = next(p.name for p in best if p.name not in file.tensors)
-        own_name = model_class or "this model"
-        raise AquabitError(
-            f"{file.path} is no file of this model: it lacks {lacks!r} ({fewest} of {len(best)} tensors with"
-            f" layers of {own_name})"
-        )
-    return best
-
-
-def _rows(file: GGUFFile, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
-    """The rows of a tensor that each part has; raises AquabitError where shapes are others."""
-    wanted = [shapes[part] for part in place.parts]
-    counts = [shape[0] for shape in wanted]
-    total, shape = sum(counts), _shape(file, place.name)
-    ours = (total, *wanted[0][1:])
-    if [n for n in shape if n != 1] != [n for n in ours if n != 1]:  # ggml leaves ones out
-        raise AquabitError(
-            f"{file.path} is no file of this model: {place.name} is {list(shape)} there, {list(ours)} here"
-        )
-    if place.swapped:  # one part, whose halves lie the other way round
-        return {place.parts[0]: Part(place.name, (slice(total // 2, total), slice(0, total // 2)))}
-    ends = [*accumulate(counts)]
-    return {
-        part: Part(place.name, (slice(end - count, end),))
-        for part, count, end in zip(place.parts, counts, ends, strict=True)
-    }
+    return parts_of(str(file.path), file.tensors, partial(_shape, file), graph)
 
 
 def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:

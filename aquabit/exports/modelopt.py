@@ -13,6 +13,7 @@ FLOATS: dict[str, dict[str, Any]] = {  # those that it has, with scales as ours 
     "fp8": {"num_bits": [4, 3]},
     "nvfp4": {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]}},
     "mxfp4": {"num_bits": [2, 1], "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]}},
+    "mxfp8": {"num_bits": [4, 3], "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": [8, 0]}},
 }
 
 

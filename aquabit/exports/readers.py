@@ -1,5 +1,5 @@
-"""What others made of a model, as a configuration of ours, by what a path is: a GGUF file, a folder or a
-``quantization_config`` of SDNQ, bitsandbytes or torchao."""
+"""What others made of a model, as a configuration of ours, by what a path is: a GGUF file, a quantized file
+of ComfyUI's, a folder or a ``quantization_config`` of SDNQ, bitsandbytes or torchao."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from aquabit.exports import bitsandbytes_reader, gguf_reader, sdnq_reader, torchao_reader
+from aquabit.exports import bitsandbytes_reader, comfy_reader, gguf_reader, sdnq_reader, torchao_reader
+from aquabit.exports.comfy_reader import is_comfy
 from aquabit.exports.gguf_file import is_gguf
 from aquabit.exports.stored_folder import StoredFolder, described_in
 from aquabit.graph import LayerGraph
@@ -27,13 +28,16 @@ def reader_of(path: str | Path) -> Reader | None:
     something is damaged, of another model, or in a format that no scheme here is."""
     if is_gguf(path):
         return partial(gguf_reader.read, path)
+    if is_comfy(path):
+        return partial(comfy_reader.read, path)
     folder = described_in(path)
     if folder is None or folder.method == METHOD:
         return None
     if folder.method not in FOLDERS:
         known = ", ".join(FOLDERS)
         raise AquabitError(
-            f"{folder.path} is quantized by {folder.method!r:.40}; known are {known} and GGUF files"
+            f"{folder.path} is quantized by {folder.method!r:.40}; known are {known},"
+            " and files of GGUF and ComfyUI"
         )
     return partial(FOLDERS[folder.method], folder)
 

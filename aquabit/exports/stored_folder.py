@@ -35,22 +35,22 @@ class StoredFolder:
         return str(self.described.get("quant_method"))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with _opened(self.files[name]) as file:
+        with opened(self.files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """As safetensors calls it: F32, U8, ..."""
-        with _opened(self.files[name]) as file:
+        with opened(self.files[name]) as file:
             return str(file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
-        with _opened(self.files[name]) as file:
+        with opened(self.files[name]) as file:
             found: Tensor = file.get_tensor(name)
         return found
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A file of tensors; raises AquabitError where it is none."""
     try:
         with safe_open(path, "pt") as file:
@@ -88,7 +88,7 @@ def _described(path: Path) -> Mapping[str, Any] | None:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.glob("*.safetensors")):
-        with _opened(path) as file:
+        with opened(path) as file:
             yield from ((name, path) for name in file.keys())  # noqa: SIM118
 
 

@@ -1,5 +1,6 @@
-"""CodebookWeight and the kernels that run it; fused activation fake-quantization."""
+"""CodebookWeight and the kernels that run it; fused activation fake-quantization and attention."""
 
+from aquabit.kernels.attention import rounded_attention, rounded_attention_reference
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select
 from aquabit.kernels.fake_quant import (
@@ -21,6 +22,8 @@ __all__ = [
     "fake_quantize_reference",
     "fake_quantize_static",
     "native_available",
+    "rounded_attention",
+    "rounded_attention_reference",
     "select",
     "straight_through",
 ]

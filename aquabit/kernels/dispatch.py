@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from functools import lru_cache
+from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,12 +21,13 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import Geometry, Pair, padded, pair
 from aquabit.kernels.registry import numbered, weight_at
-from aquabit.kernels.request import Accuracy, Format, Request, bucket, format_of
+from aquabit.kernels.request import MOST_ROWS, Accuracy, Format, Request, bucket, format_of
 from aquabit.kernels.timings import Table, Timings
 from aquabit.scheme import AquabitError, Rounding, act_code, act_text, rounding_of
 
 REMEMBERED = 4096  # requests: of every layer of a large model, at some sizes
 FEW = 4  # tokens up to which the weight, not the arithmetic, takes the time
+TRITON_FEW = 8  # the same on a GPU (triton_kernels.FEW_TOKENS)
 _DTYPES = {
     d: str(d).removeprefix("torch.") for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -44,13 +46,25 @@ def serving(request: Request) -> dict[str, str | None]:
 def static_order(request: Request) -> tuple[str, ...]:
     """The order in which backends are tried where nothing was measured.
 
-    A dense copy where one is kept; on a GPU, Triton; scalar codes with activations of at most 8 bits on the
-    integer dot products of ``decode`` (unless there are only a few tokens), all else on tables before decoded
-    tiles; the reference last.
+    A dense copy where one is kept: on a GPU it is the fastest at every size that was timed
+    (benchmarks/results/triton.md), and ``memory=auto`` keeps those that pay most. Then, on a GPU, Triton: as
+    integers where codes and activations are, unless there are only a few tokens (TRITON_FEW); but codewords
+    of vectors for MOST_ROWS tokens or pixels by decoding the weight first, as was faster there. On a CPU
+    codes of several weights, and those of single ones where tables win, on tables before decoded tiles, all
+    else the other way round; the reference last.
     """
-    integers = request.format.scalar and request.integers and (request.rows > FEW or request.kind == "conv2d")
-    native = ("decode", "lut") if integers else ("lut", "decode")
-    return ("dense", "triton", *native, "reference")
+    form = request.format
+    # Up to 3 bits a lookup is for two scalar codes or four. It beats products of 16-bit integers (1152 x 1152
+    # at 2 bits, 256 tokens: 2.7 and 3.8 ms), not those of 8 bits (2.1 ms), nor rows read for few tokens (0.23
+    # and 0.04 ms), nor where sums end with each group of scales.
+    fused = request.kind == "linear" and form.bits <= 3 and (form.scales or 1) == 1
+    tables = not form.scalar or (fused and not request.integers and request.rows > FEW)
+    native = ("lut", "decode") if tables else ("decode", "lut")
+    triton = ("triton", "triton_int8") if request.rows <= TRITON_FEW else ("triton_int8", "triton")
+    many = request.rows >= bucket(MOST_ROWS, prod(request.size) if request.kind == "conv2d" else 1)
+    if request.device == "cuda" and not form.scalar and many:
+        return ("dense", "reference", *triton, *native)
+    return ("dense", *triton, *native, "reference")
 
 
 def select(request: Request, timings: Table, backend: str | None = None) -> str:
@@ -104,18 +118,33 @@ def machine_timings(threads: int | None = None) -> Timings:
 def remember(found: Table, threads: int | None = None) -> None:
     """Add measured times to this machine's table; choices are made anew."""
     machine_timings(threads).add(found)
-    _by_machine.made.clear()
+    _by_machine.made = {}
 
 
 def forget() -> None:
     """Read the machine's tables again when they are next needed."""
     _opened.clear()
-    _by_machine.made.clear()
+    _by_machine.made = {}
 
 
 _by_machine = _Choices(lambda threads: machine_timings(threads).entries)
 _choices: ContextVar[_Choices] = ContextVar("choices", default=_by_machine)
 _seen: ContextVar[Seen | None] = ContextVar("seen", default=None)
+
+
+def choices_so_far() -> object:
+    """What is the same object for as long as every request keeps the choice that was made for it."""
+    return _choices.get().made
+
+
+def backend_for(request: Request) -> Backend:
+    """The backend that runs a request now."""
+    return _choices.get()(request, None)
+
+
+def observing() -> bool:
+    """Whether someone is told of each call."""
+    return _seen.get() is not None
 
 
 @contextmanager
@@ -127,6 +156,13 @@ def using(table: Table) -> Iterator[None]:
         yield
     finally:
         _choices.reset(token)
+
+
+def context_of(table: Table) -> Context:
+    """A context in which kernels are chosen by ``table``, for calls that come again and again."""
+    context = copy_context()
+    context.run(_choices.set, _Choices(lambda _: table))
+    return context
 
 
 @contextmanager
@@ -157,6 +193,11 @@ def held(weight: Weight) -> Weight:
     if weight.codebooks is not None:
         object.__setattr__(arranged, "tables", _tables.setdefault(weight.codebooks, arranged.tables))
     return numbered(arranged)
+
+
+def format_held(weight: Arranged) -> Format:
+    """The facts of a weight, made once."""
+    return _known(weight)[1]
 
 
 def _known(weight: Weight) -> tuple[Weight, Format]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from aquabit.kernels import straight_through
+from aquabit.kernels import rounded_attention
 from aquabit.scheme import output_rounding
 
-SOFTMAX_BITS = 8
-# elements of a block of attention scores: 4 MB, which caches hold (3 times as fast as 256 MB at 1,024 tokens)
-SCORES_LIMIT = 1 << 20
 VALUE_PROJECTIONS = ("to_v", "to_qkv", "add_v_proj")
 
 
@@ -31,26 +26,13 @@ def quantized_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q k^T scale + mask) rounded to 8 bits per query, times v. q [..., n, d], k [..., m, d], v [...,
-    m, e].
-
-    Arguments are named as torch's own, since some processors give them by name.
-    """
-    q, k, v = query, key, value
+    """``rounded_attention`` with the arguments of torch's own, by its names, since some processors give them
+    so. What it does not do (dropout, causal, grouped queries) torch's does, unrounded."""
     if dropout_p or is_causal or enable_gqa:
         return functional.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    block = max(1, SCORES_LIMIT // max(1, math.prod(q.shape[:-2]) * k.shape[-2]))
-    parts = []
-    for start in range(0, q.shape[-2], block):
-        scores = (q[..., start : start + block, :] * factor) @ k.transpose(-1, -2)
-        if attn_mask is not None:
-            mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., start : start + block, :]
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        parts.append(straight_through(scores.softmax(-1), SOFTMAX_BITS, "token") @ v)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    return rounded_attention(query, key, value, attn_mask, scale)
 
 
 class _QuantizedSoftmax(TorchFunctionMode):

@@ -120,12 +120,13 @@ def milliseconds(
 @dataclass(frozen=True)
 class Placement:
     """How a packed model runs: layers by backend, what their weights hold in memory, what dense ones
-    would, both in bytes, and the layers that keep a dense copy."""
+    would, both in bytes, the layers that keep a dense copy, and how many others would be faster with one."""
 
     backends: Mapping[str, int]
     resident: int
     dense: int
     copies: tuple[str, ...] = ()
+    slower: int = 0
 
 
 def place_(
@@ -140,12 +141,12 @@ def place_(
         layer.keep_dense_(None)
     asked = tune(layers, call, progress)
     dtype = _dtype(asked)
-    copies = worth_copying(layers, asked, dtype) if memory == "auto" else ()
+    gains, dense = _gains(layers, asked, dtype), _dense_bytes(layers.values(), dtype)
+    copies = _within(gains, COPIES * dense) if memory == "auto" else ()
     for name in copies:
         layers[name].keep_dense_(dtype)
-    return Placement(
-        ran(layers, call), resident_bytes(layers.values()), _dense_bytes(layers.values(), dtype), copies
-    )
+    slower = len(gains) - len(copies)
+    return Placement(ran(layers, call), resident_bytes(layers.values()), dense, copies, slower)
 
 
 def _dtype(asked: Asked) -> torch.dtype:
@@ -158,11 +159,10 @@ def _dense_bytes(layers: Iterable[QuantLinear | QuantConv2d], dtype: torch.dtype
     return sum(prod(layer.shape) for layer in layers) * dtype.itemsize
 
 
-def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str, ...]:
-    """The layers whose dense copies save time, by time saved per byte, as far as a quarter of the dense
-    size goes."""
+def _gains(layers: Layers, asked: Asked, dtype: torch.dtype) -> list[tuple[float, str, int]]:
+    """Milliseconds saved per byte, name and bytes of the layers whose dense copies save time."""
     times = measure_missing(r for row in asked.values() for r in row)
-    room, gains = COPIES * _dense_bytes(layers.values(), dtype), []
+    gains = []
     for name, row in asked.items():
         if layers[name].packed is None or not row:
             continue
@@ -171,6 +171,11 @@ def worth_copying(layers: Layers, asked: Asked, dtype: torch.dtype) -> tuple[str
         if coded > GAIN * dense:
             size = prod(layers[name].shape) * dtype.itemsize
             gains.append(((coded - dense) / size, name, size))
+    return gains
+
+
+def _within(gains: Iterable[tuple[float, str, int]], room: float) -> tuple[str, ...]:
+    """The names of those that save most per byte, as far as ``room`` goes."""
     kept = []
     for _, name, size in sorted(gains, reverse=True):
         if size <= room:

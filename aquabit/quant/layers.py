@@ -18,10 +18,13 @@ from aquabit.graph import is_quantizable
 from aquabit.kernels import Accuracy, codebook_conv2d, codebook_linear, fake_quantize_static, straight_through
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.dispatch import device_of, held
+from aquabit.kernels.direct import Direct
+from aquabit.kernels.dispatch import conv2d_request, device_of, format_held, held, linear_request
+from aquabit.kernels.geometry import Geometry, padded
 from aquabit.kernels.registry import numbered
+from aquabit.kernels.request import Request
 from aquabit.quant.lora import LowRank
-from aquabit.scheme import FP, AquabitError, Rounding, Scheme, act_text
+from aquabit.scheme import FP, AquabitError, Rounding, Scheme, act_code, act_text
 
 Range = tuple[float, float]  # the smallest and the largest value of a static quantizer
 
@@ -53,6 +56,7 @@ class _QuantLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    _direct: Direct | None  # calls by the shortest way; whatever is set on the layer ends it
 
     def __init__(self, weight: Tensor, bias: Tensor | None, split: int | None = None):
         super().__init__()
@@ -71,6 +75,41 @@ class _QuantLayer(nn.Module):
         self.branches: list[LowRank] = []  # LoRAs beside the weight
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_direct"] = None
+        super().__setattr__(name, value)
+
+    def _directly(self, x: Tensor) -> Tensor | None:
+        """What the layer makes of x where a kernel serves it by itself, None elsewhere."""
+        own = self.__dict__
+        codes, bias, direct = own["_parameters"].get("codes"), own["_buffers"].get("bias"), own["_direct"]
+        if direct is None or direct.weight.codes is not codes or direct.bias is not bias:
+            direct = own["_direct"] = self._direct_calls()
+            if direct is None or direct.weight.codes is not codes:
+                return None
+        if own["branches"]:
+            return None
+        y: Tensor | None = direct(x)
+        return y
+
+    def _direct_calls(self) -> Direct | None:
+        """The layer's calls; None where more than a kernel has to do with them, or something is to be said
+        against the setting."""
+        weight, more = self._packed, (self.ranges, self.range_output, self._shared, self.dense)
+        if not isinstance(weight, Arranged) or any(part is not None for part in more):
+            return None
+        sound = min(act_code(self.act), act_code(self.act_output)) > 1 and self.accuracy in ("fast", "exact")
+        if not sound or "bias" not in self._buffers:
+            return None
+        return Direct(weight, self._buffers["bias"], self._request, self._output_rounding())
+
+    def _request(self, x: Tensor) -> Request | None:
+        """What kernels are asked for an input; None for one that does not fit."""
+        raise NotImplementedError
+
+    def _output_rounding(self) -> Rounding:
+        return 16
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
@@ -198,7 +237,11 @@ class _QuantLayer(nn.Module):
             f" {'dense' if self.packed is None else 'packed'}"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_direct": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__["_direct"] = None
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._packed is not None:  # a copy is a weight of its own to the kernels
             numbered(self._packed)
@@ -263,7 +306,17 @@ class QuantLinear(_QuantLayer):
         if torch.compiler.is_compiling():
             return self._product(input, place)
         with torch._C.DisableTorchFunction():  # an attention's mode would be asked at each step in here
-            return self._product(input, place)
+            y = self._directly(input) if place is None else None
+            return self._product(input, place) if y is None else y
+
+    def _request(self, x: Tensor) -> Request | None:
+        weight = self._packed
+        if not isinstance(weight, Arranged) or not x.ndim or x.shape[-1] != self.in_features:
+            return None
+        return linear_request(x, format_held(weight), self.accuracy, self.act)
+
+    def _output_rounding(self) -> Rounding:
+        return self.act_output
 
     def _product(self, x: Tensor, place: Tied | None) -> Tensor:
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
@@ -308,7 +361,25 @@ class QuantConv2d(_QuantLayer):
     def forward(self, input: Tensor, *_: object, place: Tied | None = None) -> Tensor:
         """``input`` as torch names it; ``place`` is what calls where that is another layer with this one's
         weight."""
-        x = input
+        if place is None and not torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunction():
+                y = self._directly(input)
+            if y is not None:
+                return y
+        return self._product(input, place)
+
+    def _request(self, x: Tensor) -> Request | None:
+        weight = self._packed
+        if not isinstance(weight, Arranged) or x.ndim != 4 or x.shape[1] != self.in_channels:
+            return None
+        filled, edges = padded(x, self.padding, self.stride, self.dilation, self.kernel_size)
+        geometry = Geometry(self.stride, edges, self.dilation, self.groups)
+        divided = self.split is None or 0 < self.split < self.in_channels
+        if filled is not x or not divided or min(geometry.output(x.shape[2:], self.kernel_size)) < 1:
+            return None
+        return conv2d_request(x, format_held(weight), geometry, self.accuracy, self.act, self.split)
+
+    def _product(self, x: Tensor, place: Tied | None) -> Tensor:
         act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         given, beside, packed = x, self.branches if place is None else [], self.packed
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)

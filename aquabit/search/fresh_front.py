@@ -51,6 +51,7 @@ def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> 
     comparison = _comparison(search, winner, baseline, protocols, metric) if baseline else {}
     comparison |= {
         "metric": metric,
+        "front": search.options.front,
         "spent": {"output_errors": search.spent},
         "same_quality": _same_quality(search, front, uniforms, protocols, fidelity),
         "judged": _judged(search, judgement),

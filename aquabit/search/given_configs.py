@@ -17,8 +17,9 @@ WEIGHT = "weight_quantizer"  # what ModelOpt calls the part of a layer that roun
 def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
     """The configuration in a file: ``config.json``, or JSON with ModelOpt's ``quant_cfg`` (as
     ``mtq.quantize`` takes it, or as ``aquabit export --to modelopt`` writes it), whose bits and blocks become
-    schemes (``int4``, ``int4g32``, ``fp8``, ``nvfp4``, ``mxfp4``) and whose layers that it leaves alone stay
-    ``fp``; activations are left off. Raises AquabitError for anything else, and for a file of another model.
+    schemes (``int4``, ``int4g32``, ``fp8``, ``nvfp4``, ``mxfp4``, ``mxfp8``) and whose layers that it leaves
+    alone stay ``fp``; activations are left off. Raises AquabitError for anything else, and for a file of
+    another model.
     """
     value = read_json(path)
     inner = value.get("config", value) if isinstance(value, dict) else None
@@ -76,7 +77,8 @@ def _settings(rule: Mapping[str, Any]) -> Any:
     return {**cfg, **beside} if isinstance(cfg, Mapping) else cfg
 
 
-FLOATS = {(4, 3): "fp8", (2, 1, 16): "nvfp4", (2, 1, 32): "mxfp4"}  # exponent, mantissa (, block) -> scheme
+# exponent, mantissa (, block) -> scheme
+FLOATS = {(4, 3): "fp8", (2, 1, 16): "nvfp4", (2, 1, 32): "mxfp4", (4, 3, 32): "mxfp8"}
 
 
 def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
@@ -99,6 +101,6 @@ def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
             return Scheme.parse(f"int{parts[0]}" + (f"g{group}" if group else ""))
     where = f" in blocks of {group}" if group else ""
     raise AquabitError(
-        f"{source} has num_bits {bits!r:.30}{where}; 2 to 8, [4, 3] and, in blocks of 16 or 32, [2, 1] can be"
-        " compared"
+        f"{source} has num_bits {bits!r:.30}{where}; 2 to 8, [4, 3] and, in blocks of 32 (or 16), [2, 1] can"
+        " be compared"
     )

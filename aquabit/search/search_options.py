@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aquabit.budget import OTHERS, SPREAD
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Budget, QuantConfig
 from aquabit.search.evolution import check_installed
@@ -12,8 +13,6 @@ from aquabit.search.options import Options, fixed_act
 
 METHODS = ("program", "surrogate", "evolve")  # see ``SearchOptions``
 PER_ROUND, SCREEN = 8, 4
-# limits of the front's other targets relative to the budget's, the nearest first
-SPREAD = (0.9, 1.1, 0.8, 1.25, 0.6, 1.5, 0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,9 @@ class SearchOptions:
     which also propose from a surrogate of the study's measurements. ``rounds`` of refinement for the
     budget (half as many for the front's other targets), or of fitting and proposing ``per_round``
     configurations (None: PER_ROUND); ``screen``: configurations proposed for each that is measured (None:
-    SCREEN). ``against``: (name, configuration) that the winner must not lose to. Raises AquabitError for
-    values out of range, and for ``per_round`` and ``screen`` where no surrogate proposes."""
+    SCREEN). ``against``: (name, configuration) that the winner must not lose to. ``front``: other budgets
+    that are answered and measured beside this one, 0 to ``budget.OTHERS``. Raises AquabitError for values
+    out of range, and for ``per_round`` and ``screen`` where no surrogate proposes."""
 
     budget: Budget
     method: str = "program"
@@ -32,7 +32,7 @@ class SearchOptions:
     screen: int | None = None
     seed: int = 0
     against: Sequence[tuple[str, QuantConfig]] = ()
-    spread: Sequence[float] = SPREAD
+    front: int = OTHERS
 
     def __post_init__(self) -> None:
         check_method(self.method)
@@ -45,12 +45,19 @@ class SearchOptions:
             raise AquabitError(
                 f"rounds is {self.rounds}; it must be at least 0 (0: the program's answer as it is)"
             )
+        if not 0 <= self.front <= OTHERS:
+            raise AquabitError(f"front is {self.front}; it must be 0 to {OTHERS} other budgets")
         idle = [name for name in ("per_round", "screen") if getattr(self, name) is not None]
         if idle and self.method == "program":
             raise AquabitError(
                 f"{idle[0]} is {getattr(self, idle[0])}, but method program proposes nothing from a"
                 " surrogate; leave it out, or use method surrogate or evolve"
             )
+
+    @property
+    def spread(self) -> Sequence[float]:
+        """Limits of the other budgets relative to this one's."""
+        return SPREAD[: self.front]
 
     @property
     def proposed(self) -> int:

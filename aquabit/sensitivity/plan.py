@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from aquabit.budget import OTHERS
 from aquabit.cost import CostModel
 from aquabit.graph import dense_macs
 from aquabit.graph import layers as graph_layers
@@ -39,8 +40,9 @@ TRIED = 2  # steps of the sampler, at most those of the protocol, through which 
 MEASURING = 1.15  # a measurement over its denoiser calls (benchmarks/flow.py)
 CALIBRATING = 3.0  # calls that calibration costs over those that it records: they are replayed
 # measurements' worth of a search with its own settings, fresh seeds included, and measurements of a swap,
-# whose ends are shared; counted in runs on the bundled models
-SEARCH, PER_SWAP = 170, 1.6
+# whose ends are shared; counted in runs on the bundled models. Each other budget of the front is A_BUDGET of
+# the search's
+SEARCH, A_BUDGET, PER_SWAP = 170, 7, 1.6
 OUTPUTS = 15  # output errors that a measurement is worth
 STARTING = 8.0  # seconds until a process has loaded its libraries
 EXPLAINING, EXPLAINING_LAYER = 20.0, 0.2  # seconds, and a layer
@@ -157,7 +159,14 @@ class RunPlan:
         return {**self.measuring.to_dict(), "parts": self.parts, **calls, "seconds": self.seconds}
 
 
-def run_calls(space: SearchSpace, protocol: Protocol, sample: SampleOptions, swaps: int) -> dict[str, int]:
+def searching(front: int) -> int:
+    """Measurements that a search with so many other budgets is worth."""
+    return SEARCH - A_BUDGET * (OTHERS - front)
+
+
+def run_calls(
+    space: SearchSpace, protocol: Protocol, sample: SampleOptions, swaps: int, front: int = OTHERS
+) -> dict[str, int]:
     """Calls of the denoiser with one sample that each part of a new run makes, told from its settings alone:
     a backward pass counts as two calls beside the one that it goes through, guidance as another."""
     a_run = (2 if protocol.guidance != 1.0 else 1) * protocol.steps  # of one sample
@@ -169,7 +178,7 @@ def run_calls(space: SearchSpace, protocol: Protocol, sample: SampleOptions, swa
         "fits": fits,
         "gradients": 3 * PASSES * IMAGES * a_run + SCORED * PROBE_IMAGES * a_run,
         "sample": (1 + len(uniform_references(space)) + sample.samples) * each,
-        "search": SEARCH * each,
+        "search": searching(front) * each,
         "checks by swaps": checks * each,
     }
     return {part: round(count) for part, count in found.items()}
@@ -191,6 +200,7 @@ class Planner:
         options: MeasureOptions = AS_BEGUN,
         where: Where = HERE,
         progress: Progress = no_progress,
+        front: int = OTHERS,
     ):
         began = time.perf_counter()
         if where.ray is not None:
@@ -199,6 +209,7 @@ class Planner:
                 " number of slots"
             )
         self.source, self.study, self.where = source_of(study, options.damages), study, where
+        self.front = front  # other budgets of a search
         self.opened, self.store = open_model(model), Bank(where.bank)
         self.meter = meter_of(self.opened, study, options.quality, self.store, where.device)
         self.protocol, self.space = settings(self.opened, study, options, where.dtype, self.meter)
@@ -327,11 +338,11 @@ class Planner:
             "first look": 2 * steps * self.units.backward / min(workers, 2),
             "fits and gradients": measuring.fitting_seconds + measuring.probing_seconds,
             "sample": measuring.measuring_seconds,
-            "search": self.units.measurements(SEARCH, calls, bool(made.correction)) / workers,
+            "search": self.units.measurements(searching(self.front), calls, bool(made.correction)) / workers,
             "checks by swaps": checks / workers,
             "explaining and pages": EXPLAINING + EXPLAINING_LAYER * layers,
         }
-        made_calls = run_calls(made, replace(given, steps=steps), sample, swaps)
+        made_calls = run_calls(made, replace(given, steps=steps), sample, swaps, self.front)
         return RunPlan(measuring, parts, made_calls, self._macs())
 
     def _macs(self) -> int:

@@ -144,6 +144,28 @@ def test_a_figure_is_the_worst_case_of_the_best_kernel() -> None:
     assert not any("4608" in claim for claim in found)  # nothing was measured there
 
 
+def test_attention_has_its_figures_and_tables() -> None:
+    def row(tokens: int, kernel: str, over: float, rounded: bool = True, **facts: object) -> dict[str, Any]:
+        spread = {"over_torch_form": {"median": over, "low": over, "high": over}, "gmac_s": 60.0}
+        named = _row(kernel, "rounded" if rounded else None, over, tokens=tokens)
+        return named | {"shape": "8 heads of 64", "keys": tokens} | spread | facts
+
+    rows = [
+        row(1024, "float32", 2.5),
+        row(1024, "float32", 1.0, rounded=False),
+        row(4096, "float32", 1.4, threads=2),
+        row(256, "float32", 0.5),
+        row(1024, "bfloat16", 3.0),
+        row(16, "float32", 0.9, shape="6 heads of 32, 16 samples"),
+    ]
+    found = {f["claim"]: f for f in tables.figures({"attention": {"rows": rows}})}
+    assert [(f["reached"], f["met"]) for f in found.values()] == [(1.4, False), (3.0, True), (0.9, False)]
+    assert "4096 tokens, 2 threads" in found["attention over float32, 1,024 and 4,096 tokens"]["where"]
+    text = tables.attention_section(rows)
+    assert "### 8 heads of 64, 2 threads" in text and "| 4,096 | rounded, float32 | 0.714 | 60 |" in text
+    assert "| 1,024 | torch, not rounded, float32 |" in text
+
+
 def test_which_formats_figures_speak_of() -> None:
     assert [
         s for s in ("aq2x8g8", "aq4x4g8", "usq2", "aq2x6g8", "vq3") if tables.two_bits({"format": s})

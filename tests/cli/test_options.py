@@ -31,6 +31,7 @@ from aquabit.quant.bank import Bank
 from aquabit.quant.model import fingerprint
 from aquabit.scheme import AquabitError, Budget, QuantConfig, StepGroups
 from aquabit.search.front import Front
+from aquabit.search.search_options import SearchOptions
 from aquabit.sensitivity.plan import PARTS
 from aquabit.sensitivity.result import Sensitivity
 from aquabit.space import make_space
@@ -199,6 +200,7 @@ ROWS: dict[str, dict[str, Row]] = {
             "--swap": Row("--swap usq8:usq4", ""),
             "--within": Row("--within 2h", ""),
             "--fits": Row("--fits wanted", ""),
+            "--front": Row("--front 0", ""),
             "--plan": Row("--plan", "", more="--bits 4"),
             "--features": Row("--features lpips=nowhere", ""),
         },
@@ -272,6 +274,7 @@ ROWS: dict[str, dict[str, Row]] = {
             "--method": Row("--method surrogate", ""),
             "--screen": Row("--screen 2", "", more="--method surrogate"),
             "--seed": Row("--seed 1", ""),
+            "--front": Row("--front 0", ""),
             "--correction": Row("--correction cnc", ""),
             "--target": Row("--target sdnq", ""),
             "--model": Row("--model pipe", ""),
@@ -591,10 +594,13 @@ def test_a_plan_counts_contexts(calls: Calls) -> None:
 def test_a_front_answers_one_budget_and_one_objective(calls: Calls) -> None:
     study = Study(calls.folder / "s.db")
     front, objective = study.get("front"), study.protocol.objective
-    budget = Budget(**front["budget"])
-    assert workflows._answers(front, budget, objective)
-    assert not workflows._answers(front, budget, "psnr")
-    assert not workflows._answers(front, Budget(bits=3.0), objective)
+    asked = SearchOptions(Budget(**front["budget"]), front=0)
+    assert workflows._answers(front, asked, objective)
+    assert not workflows._answers(front, asked, "psnr")
+    assert not workflows._answers(front, replace(asked, budget=Budget(bits=3.0)), objective)
+    for known, wanted, enough in ((2, 2, True), (2, 1, True), (2, 3, False)):
+        stored = front | {"comparison": front["comparison"] | {"front": known}}
+        assert workflows._answers(stored, replace(asked, front=wanted), objective) == enough
 
 
 def test_a_model_in_memory_is_not_offloaded() -> None:

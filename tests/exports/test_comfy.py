@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aquabit.exports.comfy import METADATA, check, is_ours, tiled, write
+from aquabit.exports.comfy_reader import read
 from aquabit.exports.exported import check_activations
+from aquabit.exports.readers import read_others
 from aquabit.graph import layers, trace
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
-from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
+from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
 from aquabit.targets import TARGETS
 from tests.exports.networks import flux, sdxl
 from tests.exports.small_models import Case, Exported, case, refused, small_dit, small_unet
 
 LIBRARY = "comfy-kitchen is not installed; ComfyUI decodes by it"
-EACH = ("fp8", "nvfp4", "int8")
+EACH = ("fp8", "nvfp4", "int8", "mxfp8")
 
 
 def linear(i: int, name: str, shape: tuple[int, ...]) -> str:
@@ -32,7 +36,8 @@ def linear(i: int, name: str, shape: tuple[int, ...]) -> str:
     scheme = EACH[i % len(EACH)]
     if len(shape) == 4 or i == 4:
         return "fp"
-    return "int8" if scheme == "nvfp4" and any(size % 16 for size in shape) else scheme
+    even = {"nvfp4": 16, "mxfp8": 32}.get(scheme, 1)
+    return "int8" if any(size % even for size in shape) else scheme
 
 
 @pytest.fixture(params=[small_dit, small_unet], ids=["dit", "unet"])
@@ -51,7 +56,11 @@ def decoded(file: dict[str, torch.Tensor], layer: str, kind: str) -> torch.Tenso
         over = file[f"{layer}.weight_scale_2"]
         params = layout.Params(scale=over, orig_dtype=torch.float32, orig_shape=shape, block_scale=scale)
     else:
-        layout = {"float8_e4m3fn": ck.TensorCoreFP8Layout, "int8_tensorwise": ck.TensorWiseINT8Layout}[kind]
+        layout = {
+            "float8_e4m3fn": ck.TensorCoreFP8Layout,
+            "int8_tensorwise": ck.TensorWiseINT8Layout,
+            "mxfp8": ck.TensorCoreMXFP8Layout,
+        }[kind]
         params = layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=shape)
     found: torch.Tensor = layout.dequantize(weight, params)
     return found
@@ -73,6 +82,7 @@ def test_what_it_decodes_is_our_weight(made: Case, tmp_path: Path) -> None:
         "float8_e4m3fn",
         "nvfp4",
         "int8_tensorwise",
+        "mxfp8",
     }
     assert all(row["full_precision_matrix_mult"] for row in about["layers"].values())
     for name, weight in made.decoded.items():
@@ -119,12 +129,18 @@ def test_inputs_at_i8_are_rounded_as_comfyui_rounds_them(tmp_path: Path) -> None
         check_activations(wrong, TARGETS["comfy"].beside)
 
 
+def eights(block: bool) -> Callable[[str, tuple[int, ...]], str]:
+    """int8 everywhere, or mxfp8 wherever it fits."""
+    return lambda _, shape: "mxfp8" if block and not any(size % 32 for size in shape) else "int8"
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["int8", "mxfp8"])
 @pytest.mark.parametrize("build", [flux, sdxl])
-def test_published_names_and_joined_rows(build: Callable[[], Any], tmp_path: Path) -> None:
+def test_published_names_and_joined_rows(build: Callable[[], Any], block: bool, tmp_path: Path) -> None:
     """Flux has q, k and v in one tensor, and the last scales and shifts the other way round."""
     torch.manual_seed(0)
     net = build().eval()
-    exported = uniform(net, lambda *_: "int8", act=8)
+    exported = uniform(net, eights(block), act=8)
     check(exported)
     said = write(exported, tmp_path / "f.safetensors")
     about, file = header(tmp_path / "f.safetensors"), load_file(tmp_path / "f.safetensors")
@@ -146,7 +162,12 @@ def test_published_names_and_joined_rows(build: Callable[[], Any], tmp_path: Pat
             continue
         rows = torch.cat([exported.weights[part].dequantize() for part in parts])
         wanted = torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
-        assert torch.equal(decoded(file, place.name.removesuffix(".weight"), "int8_tensorwise"), wanted)
+        layer = place.name.removesuffix(".weight")
+        assert torch.equal(decoded(file, layer, about["layers"][layer]["format"]), wanted)
+    graph = trace(net)
+    graph.graph["model_class"] = type(net).__name__
+    config = read(tmp_path / "f.safetensors", graph, "mine")
+    assert [n for n in layers(graph) if config[n] != replace(exported.config[n], act=16)] == []
 
 
 @pytest.mark.parametrize("shape", [(16, 1), (128, 4), (130, 5), (300, 12)])
@@ -162,9 +183,10 @@ def test_scales_lie_as_tensor_cores_take_them(shape: tuple[int, int]) -> None:
     ("build", "layer", "scheme", "why"),
     [
         (small_unet, "conv_in", "int8", "ComfyUI quantizes Linear layers"),
-        (small_dit, "proj_out_1", "int4g64", "ComfyUI's formats are fp8, nvfp4, int8"),
-        (small_dit, "proj_out_1", "fp8c", "ComfyUI's formats are fp8, nvfp4, int8"),
+        (small_dit, "proj_out_1", "int4g64", "ComfyUI's formats are fp8, nvfp4, mxfp8, int8"),
+        (small_dit, "proj_out_1", "fp8c", "ComfyUI's formats are fp8, nvfp4, mxfp8, int8"),
         (small_dit, "proj_out_2", "nvfp4", "rows and inputs of [4, 128] must be multiples of 16"),
+        (small_dit, "proj_out_2", "mxfp8", "rows and inputs of [4, 128] must be multiples of 32"),
         (flux, "transformer_blocks.0.attn.to_q", "int8", "they are one tensor of ComfyUI's"),
         (small_dit, "proj_out_1", "nvfp4", ""),
     ],
@@ -179,8 +201,73 @@ def test_layers_of_one_tensor_share_no_scale_of_their_own(scheme: str) -> None:
     def chosen(name: str, shape: tuple[int, ...]) -> str:
         return scheme if name.startswith("transformer_blocks.0.attn.to_") else "fp"
 
-    with pytest.raises(AquabitError, match=r"to_k .*img_attn\.qkv.* together they can be int8 or fp"):
+    with pytest.raises(AquabitError, match=r"to_k .*img_attn\.qkv.* together they can be int8, mxfp8 or fp"):
         check(uniform(flux(), chosen))
+
+
+def test_what_was_written_is_read(made: Case, tmp_path: Path) -> None:
+    out, graph = tmp_path / "f.safetensors", made.exported.graph
+    write(made.exported, out)
+    found = read_others(out, graph, "mine")
+    assert found is not None and found.fingerprint == "mine"
+    assert {k: c for k, c in found.layers.items() if c.weight != FP} == made.exported.config.layers
+
+
+def marked(path: Path, net: Any, said: dict[str, Any], **tensors: torch.Tensor) -> Path:
+    """A file with a tensor of JSON beside a layer's weight, as ComfyUI itself writes them."""
+    state = {k: t.contiguous() for k, t in net.state_dict().items()} | tensors
+    for layer, value in said.items():
+        state[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    save_file(state, path)
+    return path
+
+
+def test_files_of_others_are_read(tmp_path: Path) -> None:
+    net, layer = small_dit(), "proj_out_1"
+    graph, path = trace(net), tmp_path / "f.safetensors"
+    found = read_others(marked(path, net, {layer: {"format": "mxfp8", "full_precision": True}}), graph, "f")
+    assert found is not None and {n: str(c.weight) for n, c in found.layers.items() if c.weight != FP} == {
+        layer: "mxfp8"
+    }
+    cast = net.get_submodule(layer).weight.detach().to(torch.float8_e4m3fn)
+    found = read_others(marked(path, net, {}, **{f"{layer}.weight": cast}), graph, "f")
+    assert found is not None and str(found[layer].weight) == "fp8" and found["proj_out_2"].weight == FP
+
+
+@pytest.mark.parametrize(
+    ("said", "tensors", "why"),
+    [
+        ({"format": "float8_e5m2"}, {}, "formats that are no schemes here: float8_e5m2 (1 layers)"),
+        ({"format": "int8_tensorwise", "convrot": True}, {}, "int8_tensorwise of rotated weights (1 layers)"),
+        ({"format": 3}, {}, "proj_out_1.comfy_quant"),
+        ([], {}, "proj_out_1.comfy_quant"),
+        ({"format": "nvfp4"}, {}, "proj_out_1.weight is [256, 256] there, [256, 128] here"),
+        (
+            {"format": "int8_tensorwise"},
+            {"proj_out_1.weight": torch.ones(3, 128)},
+            "proj_out_1.weight is [3, 128] there, [256, 128] here",
+        ),
+        ({"format": "fp8"}, {"proj_out_2.comfy_quant": torch.ones(2)}, "comfy_quant must be bytes"),
+    ],
+)
+def test_what_no_scheme_is_and_what_is_damaged_is_refused(
+    said: Any, tensors: dict[str, torch.Tensor], why: str, tmp_path: Path
+) -> None:
+    net = small_dit()
+    path = marked(tmp_path / "f.safetensors", net, {"proj_out_1": said}, **tensors)
+    with pytest.raises(AquabitError, match=re.escape(why)):
+        read_others(path, trace(net), "f")
+
+
+def test_a_file_of_another_model_and_a_dense_one(tmp_path: Path) -> None:
+    other = marked(tmp_path / "other.safetensors", small_unet(), {"conv_in": {"format": "mxfp8"}})
+    with pytest.raises(AquabitError, match="is no file of this model: it lacks"):
+        read_others(other, trace(small_dit()), "f")
+    dense = marked(tmp_path / "dense.safetensors", small_dit(), {})
+    assert read_others(dense, trace(small_dit()), "f") is None
+    dense.write_bytes(dense.read_bytes()[:100])
+    with pytest.raises(AquabitError, match="it may be truncated"):
+        read_others(dense, trace(small_dit()), "f")
 
 
 def test_only_files_of_ours_are_replaced(made: Case, tmp_path: Path) -> None:

@@ -88,10 +88,13 @@ def request(form: Format = AQ, **options) -> Request:
 def test_without_measurements_the_documented_order_counts(log) -> None:
     assert select(request(AQ), {}) == "lut"
     assert select(request(AQ, act=8), {}) == "lut"
-    assert select(request(USQ), {}) == "lut"
-    assert select(request(USQ, act=8), {}) == "decode"
+    assert select(request(USQ), {}) == select(request(USQ, act=8), {}) == "decode"
+    narrow = request(replace(USQ, bits=3))
+    assert select(narrow, {}) == "lut"
+    assert select(replace(narrow, act=8), {}) == select(replace(narrow, rows=2), {}) == "decode"
+    assert select(request(replace(USQ, bits=3, scales=4)), {}) == "decode", "its sums end with each group"
+    assert select(request(replace(USQ, bits=3, shape=(6, 4, 3, 3))), {}) == "decode"
     assert select(request(USQ, act=8, dense=True), {}) == "dense"
-    assert select(replace(request(USQ, act=8), rows=2), {}) == "lut"
     assert select(request(WIDE), {}) == "reference"
     assert all(set(static_order(request(f))) == {b.name for b in BACKENDS} for f in FORMATS)
 
@@ -146,7 +149,7 @@ def test_a_backend_that_cannot_serve_says_why_and_which_can(log) -> None:
     with pytest.raises(AquabitError, match=r"'dense' cannot run .*no dense copy"):
         select(request(AQ), {}, "dense")
     with pytest.raises(
-        AquabitError, match=r"'magic' is unknown; known: dense, triton, lut, decode, reference"
+        AquabitError, match=r"'magic' is unknown; known: dense, triton, triton_int8, lut, decode, reference"
     ):
         select(request(AQ), {}, "magic")
     weight = random_weight(WIDE)
@@ -299,7 +302,7 @@ def test_empty_inputs_and_dense_copies(log) -> None:
     with observed(lambda *call: seen.append(call)):
         codebook_linear(x, weight, dense=other)
         codebook_linear(x, weight)
-    assert [s[2] for s in seen] == ["dense", "lut"] and seen[0][1].key == seen[1][1].key
+    assert [s[2] for s in seen] == ["dense", "decode"] and seen[0][1].key == seen[1][1].key
 
 
 def test_bad_arguments_name_the_value() -> None:

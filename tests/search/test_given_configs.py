@@ -135,6 +135,7 @@ def test_rules_of_other_modules_name_no_layer_of_ours(tmp_path: Path, space: Sea
         ({"num_bits": [4, 3], "axis": 0}, "fp8c"),
         ({"num_bits": [2, 1], "block_sizes": {"-1": 16, "scale_bits": [4, 3]}}, "nvfp4"),
         ({"num_bits": [2, 1], "block_sizes": {"-1": 32, "scale_bits": [8, 0]}}, "mxfp4"),
+        ({"num_bits": [4, 3], "block_sizes": {"-1": 32, "scale_bits": [8, 0]}}, "mxfp8"),
     ],
 )
 def test_modelopts_floats(tmp_path: Path, space: SearchSpace, settings: dict[str, Any], scheme: str) -> None:

@@ -130,7 +130,7 @@ def searched(
 
 
 def options(world: World) -> SearchOptions:
-    return SearchOptions(world.budget, rounds=2, against=[("rival", world.given)], spread=(0.8, 1.25))
+    return SearchOptions(world.budget, rounds=2, against=[("rival", world.given)], front=2)
 
 
 def test_a_budget_out_of_reach_and_a_stranger_are_refused_before_anything_is_measured(searched: Any) -> None:
@@ -217,10 +217,17 @@ def test_options_that_make_no_sense_are_refused() -> None:
         ({"method": "luck"}, "'luck' is unknown"),
         ({"screen": 0}, "screen is 0"),
         ({"rounds": -1}, "rounds is -1"),
+        ({"front": 9}, "front is 9; it must be 0 to 8"),
     ):
         with pytest.raises(AquabitError, match=reason):
             SearchOptions(budget, **wrong)  # type: ignore[arg-type]
     assert SearchOptions(budget).refinements > 0 and SearchOptions(budget, rounds=0).refinements == 0
+
+
+def test_a_front_may_answer_fewer_budgets() -> None:
+    budget = Budget(bits=3.0)
+    assert SearchOptions(budget, front=0).spread == ()
+    assert SearchOptions(budget, front=3).spread == SearchOptions(budget).spread[:3] == (0.9, 1.1, 0.8)
 
 
 def test_a_surrogate_may_propose() -> None:

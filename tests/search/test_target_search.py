@@ -48,7 +48,7 @@ def test_a_search_returns_what_its_target_holds(begun: tuple[Any, Study, Path]) 
     space = SearchSpace.from_dict(study.get("space"))
     rival = space.uniform("vq3", 16)
     bits = CostModel(trace(pipe), space)(rival).bits_per_weight
-    asked = SearchOptions(Budget(bits=bits), rounds=0, against=[("rival", rival)], spread=())
+    asked = SearchOptions(Budget(bits=bits), rounds=0, against=[("rival", rival)], front=0)
     where = Where(bank=str(folder / "bank"))
     said: list[str] = []
     front = flow.search(study, asked, where, target="sdnq", pipe=pipe, told=said.append)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -11,24 +12,35 @@ from torch import Tensor
 from torch.nn import functional
 
 from aquabit.kernels.arranged import Arranged
-from aquabit.kernels.backends.decode import decode_conv2d, decode_linear, decode_refuses
-from aquabit.kernels.backends.lut import lut_conv2d, lut_linear, lut_refuses
+from aquabit.kernels.backends.decode import (
+    decode_conv2d,
+    decode_conv2d_raw,
+    decode_linear,
+    decode_linear_raw,
+    decode_refuses,
+)
+from aquabit.kernels.backends.lut import lut_conv2d, lut_conv2d_raw, lut_linear, lut_linear_raw, lut_refuses
+from aquabit.kernels.backends.raw import Raw
 from aquabit.kernels.backends.reference import reference_conv2d, reference_linear
+from aquabit.kernels.backends.triton_int8 import int8_refuses, triton_int8_linear
 from aquabit.kernels.backends.triton_kernels import triton_conv2d, triton_linear, triton_refuses
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.request import Request, empty_like
-from aquabit.scheme import AquabitError
+from aquabit.scheme import AquabitError, act_code
 
 Weight: TypeAlias = CodebookWeight | Arranged
 Call: TypeAlias = Callable[
     [Tensor, Weight, Tensor | None, Request, Tensor | None], Tensor
 ]  # x, weight, bias, request, dense copy
+RawMaker: TypeAlias = Callable[
+    [Arranged, Request, tuple[int, ...]], Raw | None
+]  # of a weight, a request that the backend serves, and the input's shape
 
 
 @dataclass(frozen=True)
 class Backend:
     """``refuses`` says why a request cannot be served, or None. ``quantizes``: it rounds the activations
-    itself; the others get them rounded."""
+    itself; the others get them rounded. ``raw``: its calls by addresses, where it has such."""
 
     name: str
     does: str
@@ -36,6 +48,7 @@ class Backend:
     linear: Call
     conv2d: Call
     quantizes: bool = False
+    raw: RawMaker | None = None
 
 
 def _native_refuses(request: Request) -> str | None:
@@ -73,6 +86,12 @@ def _triton_refuses(request: Request) -> str | None:
     )
 
 
+def _triton_int8_refuses(request: Request) -> str | None:
+    if not isinstance(request.act, int) or request.act > 8:
+        return "it rounds activations to whole numbers of at most 8 bits, which is not asked for"
+    return int8_refuses(request.format) or _triton_refuses(request)
+
+
 def _dense_refuses(request: Request) -> str | None:
     return None if request.dense else "no dense copy of the weight is kept (memory=auto keeps some)"
 
@@ -101,6 +120,22 @@ def _decode_conv2d(
     return decode_conv2d(x, weight, bias, r.geometry, r.act, r.split, r.accuracy)
 
 
+def _decode_raw(weight: Arranged, request: Request, shape: tuple[int, ...]) -> Raw | None:
+    r = request
+    exact, act = r.accuracy == "exact", act_code(r.act)
+    if r.kind == "linear":
+        return decode_linear_raw(weight, prod(shape[:-1]), act, exact, r.threads, r.dtype == "bfloat16")
+    return decode_conv2d_raw(weight, shape, r.geometry, act, r.split, exact, r.threads)
+
+
+def _lut_raw(weight: Arranged, request: Request, shape: tuple[int, ...]) -> Raw | None:
+    r = request
+    exact = r.accuracy == "exact"
+    if r.kind == "linear":
+        return lut_linear_raw(weight, prod(shape[:-1]), exact, r.threads)
+    return lut_conv2d_raw(weight, shape, r.geometry, exact, r.threads)
+
+
 def _triton_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
 ) -> Tensor:
@@ -112,6 +147,17 @@ def _triton_conv2d(
 ) -> Tensor:
     g = request.geometry
     return triton_conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups, request.accuracy)
+
+
+def _triton_int8_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
+) -> Tensor:
+    assert isinstance(request.act, int)
+    return triton_int8_linear(x, weight, bias, request.act)
+
+
+def _no_conv2d(x: Tensor, _: Weight, __: Tensor | None, request: Request, ___: Tensor | None) -> Tensor:
+    raise AssertionError(f"{request.kind} is refused")
 
 
 def _reference_linear(
@@ -156,7 +202,20 @@ BACKENDS = (
         _triton_conv2d,
     ),
     Backend(
-        "lut", "adds entries of tables of all codewords' products", _lut_refuses, _lut_linear, _lut_conv2d
+        "triton_int8",
+        "multiplies codes and activations as 8-bit integers on the matrix units of a GPU",
+        _triton_int8_refuses,
+        _triton_int8_linear,
+        _no_conv2d,
+        True,
+    ),
+    Backend(
+        "lut",
+        "adds entries of tables of all codewords' products",
+        _lut_refuses,
+        _lut_linear,
+        _lut_conv2d,
+        raw=_lut_raw,
     ),
     Backend(
         "decode",
@@ -165,6 +224,7 @@ BACKENDS = (
         _decode_linear,
         _decode_conv2d,
         True,
+        _decode_raw,
     ),
     Backend(
         "reference",

@@ -12,10 +12,10 @@ Three ways, by what is asked:
 - *tiles*: "exact", and weights that cannot be arranged: tiles of rows in the activations' dtype for the dense
   library.
 
-At most FEW tokens are multiplied row by row, by the bytes or in float32. Decoded weights take at most 1/16 of
-the dense weight in bfloat16 in all threads together (tiles: in the activations' dtype), or 16 KiB a thread
-where that is more; but a thread needs a row and a block of rows (6, or 4 below AVX-512; tiles 8). The
-activations' integers take 1 or 2 bytes each.
+At most FEW tokens, twice as many where codes are of single weights, are multiplied row by row, by the bytes
+or in float32. Decoded weights take at most 1/16 of the dense weight in bfloat16 in all threads together
+(tiles: in the activations' dtype), or 16 KiB a thread where that is more; but a thread needs a row and a
+block of rows (6, or 4 below AVX-512; tiles 8). The activations' integers take 1 or 2 bytes each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from aquabit.activation_bits import OTHERS, Rounding, act_bits, act_code, roundi
 from aquabit.errors import AquabitError
 from aquabit.kernels.arranged import Arranged, arrange, arranges
 from aquabit.kernels.backends.decode_tiles import Decoder, conv_by_tiles, linear_by_tiles, rows_of
+from aquabit.kernels.backends.raw import Raw
 from aquabit.kernels.backends.reference import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.extension import native as _native
@@ -184,6 +185,7 @@ class _Prepared:
     native: Any
     shape: tuple[int, ...]
     scalar: bool  # uniform codes: they are integers as they stand
+    single: bool  # codes of single weights, which tokens meet as they lie
     addresses: tuple[int, ...]  # of the weight's tensors then
 
     def tensors(self) -> list[Tensor]:
@@ -201,15 +203,66 @@ class _Prepared:
         return decode
 
 
-def _prepared(number: int) -> _Prepared:
-    """What the extension has of the weight of that number, made once."""
-    weight: Arranged = weight_at(number)
+def _prepared(weight: Arranged) -> _Prepared:
+    """What the extension has of a weight, made once."""
     found, addresses = weight.derived.get("decode"), weight.addresses
     if found is None or found.addresses != addresses:
-        found = _Prepared(_native.DecodeWeight(weight), weight.shape, weight.tables is None, addresses)
+        found = _Prepared(
+            _native.DecodeWeight(weight), weight.shape, weight.tables is None, weight.scalar, addresses
+        )
         weight.derived["decode"] = found
     assert isinstance(found, _Prepared)
     return found
+
+
+def _ways(own: _Prepared, tokens: int, act: int, exact: bool) -> tuple[bool, bool]:
+    """Whether tokens are multiplied row by row, and whether the kernel rounds them, as the code ``act``
+    says."""
+    few = tokens <= (2 * FEW if own.single else FEW) and own.shape[1] <= LONGEST
+    return few, _integers(act) and (own.scalar or not (few or exact))
+
+
+# ---- Calls by addresses
+
+
+def decode_linear_raw(
+    weight: Arranged, tokens: int, act: int, exact: bool, threads: int, narrow: bool
+) -> Raw | None:
+    """``decode_linear`` of ``tokens`` rows, rounded by the code ``act``, float32 or (``narrow``) bfloat16;
+    None where tiles of floats serve."""
+    own = _prepared(weight)
+    few, fused = _ways(own, tokens, act, exact)
+    if not (fused or few or not exact):
+        return None
+    linear, bits = own.native.linear, act if fused else 16
+
+    def run(x: int, y: int, bias: int) -> bool:
+        return _good(linear(x, y, bias, tokens, bits, few, threads, 0, narrow))
+
+    return Raw(run, fused, True)
+
+
+def decode_conv2d_raw(
+    weight: Arranged,
+    sizes: tuple[int, ...],
+    geometry: Geometry,
+    act: int,
+    split: int | None,
+    exact: bool,
+    threads: int,
+) -> Raw | None:
+    """``decode_conv2d`` of images of such sizes, rounded by the code ``act``, float32; None where tiles of
+    floats serve."""
+    own, fused = _prepared(weight), _integers(act)
+    if exact and not (fused and own.scalar):
+        return None
+    conv2d, numbers, bits = own.native.conv2d, geometry.numbers, act if fused else 16
+    parted = (split or 0) if fused else 0
+
+    def run(x: int, y: int, bias: int) -> bool:
+        return _good(conv2d(x, y, bias, sizes, numbers, parted, bits, threads, 0))
+
+    return Raw(run, fused, follows=True)
 
 
 # ---- The ops
@@ -238,31 +291,37 @@ def _good(outcome: tuple[int, float, float, int]) -> bool:
 def _decode_linear_cpu(
     x: Tensor, bias: Tensor | None, weight: int, _: int, act: int, exact: bool, level: int
 ) -> Tensor:
-    own = _prepared(weight)
+    own = _prepared(weight_at(weight))
     out, inputs = own.shape
     if not x.ndim or x.shape[-1] != inputs:
         raise AquabitError(f"decode_linear: x is {list(x.shape)}; its rows need {inputs} inputs")
-    added, tokens, shape = plain_bias(bias, out), x.numel() // inputs, (*x.shape[:-1], out)
+    added, tokens = plain_bias(bias, out), x.numel() // inputs
+    y = x.new_empty(*x.shape[:-1], out)
     if tokens == 0:
-        return x.new_empty(shape)
-    few = tokens <= FEW and inputs <= LONGEST
-    fused = _integers(act) and (own.scalar or not (few or exact))  # the kernel quantizes
+        return y
+    few, fused = _ways(own, tokens, act, exact)
     if fused or few or not exact:
-        rows = plain(x if fused else fake_quantize(x, rounding_of(act)))
-        y = torch.empty(shape)
+        rows = x if fused else fake_quantize(x, rounding_of(act))
+        narrow = x.dtype == torch.bfloat16 and (bias is None or bias.dtype == x.dtype)
+        if narrow:
+            rows, added = rows.contiguous(), None if bias is None else bias.contiguous()
+        else:
+            rows = plain(rows)
+        wide = y if narrow or x.dtype == torch.float32 else torch.empty(y.shape)
         outcome = own.native.linear(
             rows.data_ptr(),
-            y.data_ptr(),
+            wide.data_ptr(),
             0 if added is None else added.data_ptr(),
             tokens,
             act if fused else 16,
             few,
             torch.get_num_threads(),
             level,
+            narrow,
         )
         if _good(outcome):
-            return y.to(x.dtype)
-    return linear_by_tiles(fake_quantize(x.detach(), rounding_of(act)), own.shape, own.rows(level), added)
+            return wide.to(x.dtype)
+    return linear_by_tiles(fake_quantize(x.detach(), rounding_of(act)), own.shape, own.rows(level), bias)
 
 
 @torch.library.impl(_library, "decode_conv2d", "CPU")
@@ -277,7 +336,7 @@ def _decode_conv2d_cpu(
     exact: bool,
     level: int,
 ) -> Tensor:
-    own, x, window = _prepared(weight), x.detach(), Geometry.of(geometry)
+    own, x, window = _prepared(weight_at(weight)), x.detach(), Geometry.of(geometry)
     if x.ndim != 4 or len(own.shape) != 4:
         raise AquabitError(
             f"decode_conv2d: x is {list(x.shape)}, the weight {list(own.shape)}; 4 dimensions needed"

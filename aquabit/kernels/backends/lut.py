@@ -17,6 +17,7 @@ from torch import Tensor
 from aquabit.errors import AquabitError
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends.lut_plan import Plan, is_rough, plan_of, taps_of
+from aquabit.kernels.backends.raw import Raw
 from aquabit.kernels.extension import native as _native
 from aquabit.kernels.extension import plain_bias
 from aquabit.kernels.geometry import UNPADDED, Geometry
@@ -127,6 +128,33 @@ def _check(
         )
     if bias is not None and bias.device != x.device:
         raise AquabitError(f"bias is on {bias.device}, the input on {x.device}; move one of them")
+
+
+# ---- Calls by addresses
+
+
+def lut_linear_raw(weight: Arranged, tokens: int, exact: bool, threads: int) -> Raw:
+    """``lut_linear`` of ``tokens`` rows, float32."""
+    linear = _prepared(weight).native.linear
+
+    def run(x: int, y: int, bias: int) -> bool:
+        linear(x, y, bias, tokens, exact, threads, 0)
+        return True
+
+    return Raw(run, False)
+
+
+def lut_conv2d_raw(
+    weight: Arranged, sizes: tuple[int, ...], geometry: Geometry, exact: bool, threads: int
+) -> Raw:
+    """``lut_conv2d`` of images of such sizes, float32."""
+    conv2d, numbers, exact = _prepared(weight).native.conv2d, geometry.numbers, exact or is_rough(weight)
+
+    def run(x: int, y: int, bias: int) -> bool:
+        conv2d(x, y, bias, sizes, numbers, exact, threads, 0)
+        return True
+
+    return Raw(run, False)
 
 
 # ---- The ops

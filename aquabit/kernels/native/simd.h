@@ -49,9 +49,35 @@ INLINE void store_ints(void* x, Ints v) { *reinterpret_cast<UnalignedInts*>(x) =
 // The first ``left`` values, and zeros.
 INLINE Floats load_some(const float* x, int64_t left) {
     if (left >= kLanes) return load(x);
+#if AQUABIT_LEVEL == 4
+    return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), x);
+#else
     Floats some = {};
     for (int64_t i = 0; i < left; ++i) some[i] = x[i];
     return some;
+#endif
+}
+
+INLINE Bytes load_some(const uint8_t* x, int64_t left) {
+    if (left >= kBytes) return load(x);
+#if AQUABIT_LEVEL == 4
+    return (Bytes)_mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, x);
+#else
+    uint8_t some[kBytes] = {};
+    for (int64_t i = 0; i < left; ++i) some[i] = x[i];
+    return load(some);
+#endif
+}
+
+// The first ``left`` values (below kBytes) to memory.
+INLINE void store_some(int8_t* to, Bytes v, int64_t left) {
+#if AQUABIT_LEVEL == 4
+    _mm512_mask_storeu_epi8(to, (uint64_t(1) << left) - 1, (__m512i)v);
+#else
+    int8_t some[kBytes];
+    store(some, v);
+    for (int64_t i = 0; i < left; ++i) to[i] = some[i];
+#endif
 }
 
 // Bytes as dwords.
@@ -227,6 +253,16 @@ INLINE float total_of(Floats x) {
     float total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
     return total;
+#endif
+}
+
+INLINE int32_t total_of(Ints x) {
+#if AQUABIT_LEVEL == 4
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    uint32_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += static_cast<uint32_t>(x[lane]);
+    return static_cast<int32_t>(total);
 #endif
 }
 

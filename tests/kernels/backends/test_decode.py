@@ -435,10 +435,11 @@ def test_scratch_is_a_sixteenth(threads: int, level: str) -> None:
             (OTHER[7], 16, 1),
         ):
             arranged, x, y = arrange(make((640, 256), form)), inputs(tokens, 256), torch.empty(tokens, 640)
-            done, _, _, scratch_bytes = _prepared(arranged.number).native.linear(
+            done, _, _, scratch_bytes = _prepared(arranged).native.linear(
                 x.data_ptr(), y.data_ptr(), 0, tokens, act, tokens == 1, threads, LEVELS.index(level)
             )
-            assert done and 0 < scratch_bytes <= max(640 * 256 * 2 // 16, 16384 * threads)
+            assert done and scratch_bytes <= max(640 * 256 * 2 // 16, 16384 * threads)
+            assert scratch_bytes > 0 or (form, tokens) == (USQ[3], 1), "few meet codes as they lie"
     finally:
         torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquabit.kernels.backends import triton_device
+from aquabit.kernels.backends import triton_attention_device, triton_device, triton_int8_device
 
 USQ = {
     "BITS": 4,
@@ -57,6 +57,8 @@ LINEAR = {
 }
 CONV = LINEAR | {"CONV": True, "KERNEL_H": 3, "KERNEL_W": 3}
 FEW = {"SPLIT": True, "TOKENS": 8, "BLOCK_N": 8, "BLOCK_K": 128}
+INT8 = LINEAR | {"HAS_CENTRE": True, "CENTRE_SIZE": 0}
+ATTENTION = {"MASK": 0, "D": 64, "E": 64, "BLOCK_Q": 64, "BLOCK_K": 64}
 CASES: list[tuple[str, Any, str, str, dict[str, Any]]] = [
     ("linear", triton_device.matmul, "usq4", "bf16", LINEAR | {"EXACT": False}),
     ("linear", triton_device.matmul, "usq1", "fp16", LINEAR | {"EXACT": False}),
@@ -67,6 +69,12 @@ CASES: list[tuple[str, Any, str, str, dict[str, Any]]] = [
     ("few", triton_device.few_tokens, "aq2x8g8", "bf16", FEW),
     ("few", triton_device.few_tokens, "usq1", "fp32", FEW | {"SPLIT": False}),
     ("add", triton_device.add_parts, "usq4", "bf16", {"TOKENS": 4, "BLOCK_N": 128}),
+    ("int8", triton_int8_device.int8_matmul, "usq4", "bf16", INT8),
+    ("int8", triton_int8_device.int8_matmul, "usq8g64", "bf16", INT8 | {"CENTRE_SIZE": 64}),
+    ("tokens", triton_int8_device.quantize_tokens, "usq4", "bf16", {"LEVELS": 255, "BLOCK": 1024}),
+    ("attention", triton_attention_device.attention, "usq4", "bf16", ATTENTION),
+    ("attention", triton_attention_device.attention, "usq4", "fp16", ATTENTION | {"MASK": 1, "D": 128}),
+    ("attention exact", triton_attention_device.attention, "usq4", "fp32", ATTENTION | {"MASK": 2}),
 ]
 
 
@@ -77,6 +85,9 @@ def compiled(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarg
         "scale_ptr": "*fp16",
         "offset_ptr": "*fp16",
         "parts_ptr": "*fp32",
+        "q_ptr": "*i8",
+        **dict.fromkeys(("centre_ptr", "total_ptr", "step_ptr", "shift_ptr", "sum_ptr"), "*fp32"),
+        "mask_ptr": "*u8",
     }
     known = {name: value for name, value in constants.items() if name in kernel.arg_names} | (
         {"x_c": 1} if "x_c" in kernel.arg_names else {}

@@ -340,7 +340,7 @@ def test_gradients_pass_attention() -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)  # 8 bits are this close
     with torch.no_grad():
-        assert torch.equal(quantized_attention(q, k, v), made)
+        torch.testing.assert_close(quantized_attention(q, k, v), made, rtol=2e-3, atol=2e-3)
     assert not fake_quantize(q, 8).requires_grad
 
 

@@ -60,13 +60,19 @@ class DecodeWeight {
     }
     DecodeWeight(const DecodeWeight&) = delete;
 
-    // x [tokens, in], rounded as ``act`` says (bits, or kSymmetric; 16: off), to y [tokens, out]; ``bias`` [out], or 0.
-    Outcome linear(uintptr_t x, uintptr_t y, uintptr_t bias, int64_t tokens, int64_t act, bool few, int64_t threads, int64_t level) const {
+    // x [tokens, in], rounded as ``act`` says (bits, or kSymmetric; 16: off), to y [tokens, out]; ``bias`` [out], or 0. ``narrow``: all three are bfloat16.
+    Outcome linear(uintptr_t x, uintptr_t y, uintptr_t bias, int64_t tokens, int64_t act, bool few, int64_t threads, int64_t level,
+                   bool narrow) const {
         if (shape_.size() != 2) throw std::invalid_argument("a weight " + text_of(shape_) + " is no matrix");
-        if (few && tokens > kDotRows) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
-        const Weight w = with(bias);
+        if (few && tokens > kFew) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
+        Weight w = with(narrow ? 0 : bias);
         const Method method = method_of(w, level, act, threads);
-        return (few ? few_tokens : linear_product)(method, w, pointer<const float>(x), pointer<float>(y), tokens);
+        const Buffer<float> wide(narrow && bias ? w.out : 0);
+        if (narrow && bias) {
+            method.level->widen(pointer<const uint16_t>(bias), w.out, wide.get());
+            w.bias = wide.get();
+        }
+        return (few ? few_tokens : linear_product)(method, w, {pointer<void>(x), w.cin, narrow}, {pointer<void>(y), w.out, narrow}, tokens);
     }
 
     // x of ``sizes`` to y [samples, out, ..] as ``geometry`` says; channels from ``split`` on (0: none) have ranges of their own.
@@ -107,7 +113,7 @@ void define_decode(nb::module_& m) {
     nb::class_<DecodeWeight>(m, "DecodeWeight")
         .def(nb::init<nb::handle>(), "weight"_a)
         .def("linear", &DecodeWeight::linear, "x"_a, "y"_a, "bias"_a, "tokens"_a, "act"_a, "few"_a, "threads"_a, "level"_a,
-             nb::call_guard<nb::gil_scoped_release>())
+             "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def("conv2d", &DecodeWeight::conv2d, "x"_a, "y"_a, "bias"_a, "sizes"_a, "geometry"_a, "split"_a, "act"_a, "threads"_a, "level"_a,
              nb::call_guard<nb::gil_scoped_release>())
         .def("rows", &DecodeWeight::rows, "first"_a, "last"_a, "y"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());

@@ -1,7 +1,7 @@
 // A row at a time for few tokens: decoded and multiplied at once; part of level.h.
 
 // Dot products of a segment's integers [count] with those of ``tokens`` tokens, and with ones.
-INLINE void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, const int64_t tokens, int64_t count, bool narrow, int32_t* sums) {
+INLINE void dot_segment(const int8_t* w, const uint8_t* x, int64_t stride, const int64_t tokens, int64_t count, bool narrow, int32_t* sums) {
     int64_t done = 0;
     for (int64_t t = 0; t <= tokens; ++t) sums[t] = 0;
 #if AQUABIT_LEVEL >= 3
@@ -31,7 +31,7 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
     for (int64_t n = 0; n < w.segment_count; ++n) {
         const Segment& s = w.segments[n];
         int32_t products[kDotRows + 1];
-        dot_bytes(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
+        dot_segment(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
         const double scale = scale_at(w, row, s.scales) / double(w.step()), shifted = offset_at(w, row, s.scales) + scale * w.center();
         for (int64_t t = 0; t < tokens; ++t)
             result[t] += static_cast<float>(scale) * (products[t] - grids[t].zero * products[tokens]) +

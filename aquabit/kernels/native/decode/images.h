@@ -8,29 +8,61 @@ struct Images {
     bool usable;
 };
 
+// Lines of an image that are quantized in one go: a vector is longer than those of small images.
+int64_t lines_at_once(const Convolution& c) { return std::clamp<int64_t>(1024 / c.width, 1, c.height); }
+
+// ``count`` (none where that is negative) dwords; a call of memcpy for each short line takes longer than its product.
+void copy_some(int32_t* to, const int32_t* from, int64_t count) {
+    if (count > 16) {
+        std::memcpy(to, from, count * 4);
+        return;
+    }
+    int64_t at = 0;
+    for (; at + 4 <= count; at += 4) std::memcpy(to + at, from + at, 16);
+    for (; at < count; ++at) to[at] = from[at];
+}
+
 // One step (up to 4 or 2 channels of a group) of one sample: padding, then the lines.
 void pack_step(const Method& m, const Convolution& c, const Layout& l, const float* x, const Grid* const* grids, int64_t channels,
-               int32_t* out, int32_t* line, Errors* errors) {
+               int32_t* out, int32_t* packed, Errors* errors) {
     int32_t padding = 0;
     for (int64_t k = 0; k < channels; ++k) {
         const int64_t zero = std::clamp<int64_t>(static_cast<int64_t>(-grids[k]->base), 0, m.wide ? 32767 : 255);
         padding |= static_cast<int32_t>(static_cast<uint32_t>(zero) << (m.wide ? 16 * k : 8 * k));
     }
+    const bool same = c.stride_y == 1 && c.stride_x == 1 && c.top == 0 && c.left == 0 && l.columns == c.width && l.rows == c.height;
+    if (same) {  // lines follow each other as they do in the image
+        const float* planes[4];
+        for (int64_t k = 0; k < channels; ++k) planes[k] = x + k * l.plane;
+        std::fill(out + l.plane, out + l.step_bytes / 4, padding);
+        return m.level->pack_line(planes, channels, l.plane, grids, m.wide, out, errors);
+    }
     std::fill(out, out + l.step_bytes / 4, padding);
-    for (int64_t y = 0; y < c.height; ++y) {
-        const int64_t row = (y + c.top) / c.stride_y, *phases = &l.phases[(y + c.top) % c.stride_y * c.stride_x];
-        if (row >= l.rows || std::all_of(phases, phases + c.stride_x, [](int64_t phase) { return phase < 0; })) continue;
+    const int64_t chunk = lines_at_once(c);
+    for (int64_t first = 0; first < c.height; first += chunk) {
+        const int64_t end = std::min(c.height, first + chunk);
+        const auto row_of = [&](int64_t y) { return (y + c.top) / c.stride_y; };
+        const auto phases_of = [&](int64_t y) { return &l.phases[(y + c.top) % c.stride_y * c.stride_x]; };
+        const auto unread = [&](int64_t y) {
+            return row_of(y) >= l.rows || std::all_of(phases_of(y), phases_of(y) + c.stride_x, [](int64_t phase) { return phase < 0; });
+        };
+        if (end - first == 1 && unread(first)) continue;
         const float* lines[4];
-        for (int64_t k = 0; k < channels; ++k) lines[k] = x + (k * c.height + y) * c.width;
-        m.level->pack_line(lines, channels, c.width, grids, m.wide, line, errors);
-        for (int64_t i = 0; i < c.stride_x; ++i) {  // pixels whose padded column has phase i
-            if (phases[i] < 0) continue;
-            int64_t from = ((i - c.left) % c.stride_x + c.stride_x) % c.stride_x, column = (from + c.left) / c.stride_x;
-            int32_t* to = out + phases[i] * l.plane + row * l.columns;
-            if (c.stride_x == 1)
-                std::memcpy(to + column, line, std::max<int64_t>(0, std::min(c.width, l.columns - column)) * 4);
-            else
-                for (; from < c.width && column < l.columns; from += c.stride_x) to[column++] = line[from];
+        for (int64_t k = 0; k < channels; ++k) lines[k] = x + (k * c.height + first) * c.width;
+        m.level->pack_line(lines, channels, (end - first) * c.width, grids, m.wide, packed, errors);
+        const int32_t* line = packed;
+        for (int64_t y = first; y < end; ++y, line += c.width) {
+            if (unread(y)) continue;
+            const int64_t* phases = phases_of(y);
+            for (int64_t i = 0; i < c.stride_x; ++i) {  // pixels whose padded column has phase i
+                if (phases[i] < 0) continue;
+                int64_t from = ((i - c.left) % c.stride_x + c.stride_x) % c.stride_x, column = (from + c.left) / c.stride_x;
+                int32_t* to = out + phases[i] * l.plane + row_of(y) * l.columns;
+                if (c.stride_x == 1)
+                    copy_some(to + column, line, std::min(c.width, l.columns - column));
+                else
+                    for (; from < c.width && column < l.columns; from += c.stride_x) to[column++] = line[from];
+            }
         }
     }
 }
@@ -53,7 +85,7 @@ Images pack_images(const Method& m, const Convolution& c, const Layout& l, const
     const int64_t jobs = c.samples * c.groups * l.group_steps;
     std::vector<Errors> errors(jobs, Errors{0, 0});
     in_parts(jobs, threads, 1, [&](int64_t from, int64_t to, int64_t) {
-        std::vector<int32_t> line(c.width);
+        std::vector<int32_t> line(lines_at_once(c) * c.width);
         for (int64_t job = from; job < to; ++job) {
             const int64_t n = job / (c.groups * l.group_steps), group = job / l.group_steps % c.groups, step = job % l.group_steps;
             const int64_t channel = group * inputs + step * per, count = std::min(per, inputs - step * per);

@@ -124,8 +124,11 @@ static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, boo
 #include "rows.h"
 #include "pack.h"
 #include "few.h"
+#include "strips.h"
 
 constexpr Level kLevel = {
-    kLanes,     kRows,       kVectors,   AQUABIT_LEVEL >= 3, AQUABIT_LEVEL == 4 ? 8 : 7, multiply,
-    sum,        fill_codes,  fill_values, decode_row,        token_grid,                 sample_grid,
-    pack_tokens, quantize_token, pack_line, put_tokens,      dot_codes,                  dot_values};
+    kLanes,      kRows,          kVectors,    AQUABIT_LEVEL >= 3, AQUABIT_LEVEL == 4 ? 8 : 7, multiply,
+    sum,         fill_codes,     fill_values, decode_row,         token_grid,                 sample_grid,
+    pack_tokens, quantize_token, pack_line,   put_tokens,         serves_strips,              cut_strips,
+    lay_bytes,   lay_floats,     dot_bytes,   dot_floats,         widen,                      narrow,
+    dot_codes,   dot_values};

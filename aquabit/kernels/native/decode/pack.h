@@ -122,6 +122,25 @@ static void pack_line(const float* const* lines, int64_t channels, int64_t count
     }
 }
 
+// bfloat16 to float32, and to the nearest bfloat16 (ties to even, any NaN to one), as torch does.
+static void widen(const uint16_t* from, int64_t n, float* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = uint32_t(from[i]) << 16;
+        __builtin_memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
+static void narrow(const float* from, int64_t n, uint16_t* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, from + i, sizeof bits);
+        const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+}
+
 // ``count`` (below 16) floats; a call of memcpy for each takes longer than the product of a small layer.
 INLINE void store_some(float* to, const float* from, int64_t count) {
     int64_t at = 0;

@@ -54,8 +54,11 @@ inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t 
         const int64_t last_run = static_cast<int64_t>(out->runs.size());
         if (last_run > first_run) out->ranges.push_back({first_run, last_run, number});
     }
+    const bool straight = per == 4 && std::all_of(out->pieces.begin(), out->pieces.end(), [](const Piece& p) {
+        return p.lead == 0 && p.slot == p.from && p.count % 4 == 0;
+    });
     out->plan = {out->pieces.data(), out->runs.data(), out->ranges.data(), static_cast<int64_t>(out->runs.size()),
-                 static_cast<int64_t>(out->ranges.size()), slot};
+                 static_cast<int64_t>(out->ranges.size()), slot, straight};
 }
 
 // A convolution; ``split`` 0: one range of activations.

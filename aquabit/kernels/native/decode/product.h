@@ -1,6 +1,7 @@
 // A product of decoded rows with packed activations, by threads and tiles. Part of decode.cpp.
 
 constexpr int64_t kParallel = 1 << 18;  // multiply-adds below which other threads are not woken
+constexpr int64_t kParallelFew = 1 << 20, kParallelBytes = 1 << 21;  // of few tokens, as floats and as integers
 
 // How a call multiplies.
 struct Method {

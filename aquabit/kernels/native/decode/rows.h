@@ -21,23 +21,36 @@ INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, const int64
             const Bytes codes = spread(from, bits, fused, masks);
             store(to, codes + (codes & again) - centers);
         }
+        if (count > 0) {
+            uint8_t last[kBytes];
+            store(reinterpret_cast<int8_t*>(last), load_some(from, (count + fused - 1) / fused));
+            const Bytes codes = spread(last, bits, fused, masks);
+            return store_some(to, codes + (codes & again) - centers, count);
+        }
     }
     for (int64_t i = 0; i < count; ++i)
         to[i] = static_cast<int8_t>(((from[i / fused] >> (i % fused * bits)) & mask) * step - center);
 }
 
+// Row ``row`` of scalar codes; segments that follow each other in the codes and in the row are one run of them.
 INLINE void expand_row(const Weight& w, int64_t row, int64_t step, int64_t center, int8_t* to) {
-    for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
+    const Segment* end = w.segments + w.segment_count;
+    for (const Segment *s = w.segments, *next; s < end; s = next) {
+        int64_t count = s->count;
+        for (next = s + 1; next < end && count % w.fused == 0 && next->at == s->at + count / w.fused &&
+                           next->tap * w.cin + next->start == s->tap * w.cin + s->start + count;
+             ++next)
+            count += next->count;
         const uint8_t* from = w.codes + row * w.row_bytes + s->at;
         int8_t* here = to + s->tap * w.cin + s->start;
         if (w.fused == 1)
-            expand(from, s->count, w.bits, 1, step, center, here);
+            expand(from, count, w.bits, 1, step, center, here);
         else if (w.fused == 2)
-            expand(from, s->count, w.bits, 2, step, center, here);
+            expand(from, count, w.bits, 2, step, center, here);
         else if (w.fused == 4)
-            expand(from, s->count, w.bits, 4, step, center, here);
+            expand(from, count, w.bits, 4, step, center, here);
         else
-            expand(from, s->count, w.bits, 8, step, center, here);
+            expand(from, count, w.bits, 8, step, center, here);
     }
 }
 
@@ -47,11 +60,17 @@ INLINE float offset_at(const Weight& w, int64_t row, int64_t n) {
 }
 
 INLINE int64_t sum_of(const int8_t* x, int64_t n) {
-    int64_t total = 0, i = 0;
+    int64_t i = 0;
 #if AQUABIT_LEVEL >= 3
     Ints sums = {};
     for (; i + kBytes <= n; i += kBytes) sums = dot(sums, splat_int(0x01010101), load_ints(x + i), false);
-    for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+#if AQUABIT_LEVEL == 4
+    if (i < n) sums = dot(sums, splat_int(0x01010101), (Ints)_mm512_maskz_loadu_epi8((uint64_t(1) << (n - i)) - 1, x + i), false);
+    return total_of(sums);
+#endif
+    int64_t total = total_of(sums);
+#else
+    int64_t total = 0;
 #endif
     for (; i < n; ++i) total += x[i];
     return total;
@@ -60,13 +79,16 @@ INLINE int64_t sum_of(const int8_t* x, int64_t n) {
 // Row ``row`` of uniform codes into its slot, as bytes or (``wide``) 16 bits.
 static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
                        int32_t* shift, float* total, int64_t stride) {
+    const bool straight = plan.straight && !wide;
+    if (straight) room = reinterpret_cast<int8_t*>(slot);
     expand_row(w, row, w.step(), w.center(), room);
-    __builtin_memset(slot, 0, plan.slot_bytes);
+    if (!straight) __builtin_memset(slot, 0, plan.slot_bytes);
+    const double by = 1.0 / w.step();
     for (int64_t r = 0; r < plan.range_count; ++r) {
         double all = 0;
         for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
             const Run& run = plan.runs[i];
-            const double scale = scale_at(w, row, run.scales) / double(w.step());
+            const double scale = scale_at(w, row, run.scales) * by;
             const double shifted = offset_at(w, row, run.scales) + scale * w.center();
             int64_t sum = 0;
             for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p) {
@@ -74,7 +96,7 @@ static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row
                 if (wide) {
                     int16_t* to = reinterpret_cast<int16_t*>(slot + p->slot) + p->lead;
                     for (int64_t k = 0; k < p->count; ++k) to[k] = from[k];
-                } else {
+                } else if (!straight) {
                     __builtin_memcpy(slot + p->slot + p->lead, from, p->count);
                 }
                 sum += sum_of(from, p->count);

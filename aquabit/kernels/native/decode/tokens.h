@@ -1,7 +1,30 @@
 // Products with tokens, and decoded rows. Part of decode.cpp.
 
+// Rows of float32, or of bfloat16 where ``narrow``.
+struct Rows {
+    void* values;
+    int64_t length;
+    bool narrow;
+
+    // Rows [first, first + count) as float32: where they lie, or in ``room``.
+    const float* read(const Level& level, int64_t first, int64_t count, float* room) const {
+        if (!narrow) return static_cast<const float*>(values) + first * length;
+        level.widen(static_cast<const uint16_t*>(values) + first * length, count * length, room);
+        return room;
+    }
+};
+
+// Results of tokens [first, first + count) and rows [row, row + rows) of the weight, from a tile [rows][stride].
+void put_results(const Level& level, const float* tile, int64_t stride, int64_t first, int64_t count, int64_t row, int64_t rows, const Rows& y) {
+    const int64_t at = first * y.length + row;
+    if (!y.narrow) return level.put_tokens(tile, stride, rows, count, static_cast<float*>(y.values) + at, y.length);
+    float room[kMostVectors * kMostLanes * kMostTile];
+    level.put_tokens(tile, stride, rows, count, room, rows);
+    for (int64_t t = 0; t < count; ++t) level.narrow(room + t * rows, rows, static_cast<uint16_t*>(y.values) + at + t * y.length);
+}
+
 // x [tokens, in] to y [tokens, out].
-Outcome linear_product(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
+Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Rows& y, int64_t tokens) {
     const int64_t lanes = m.level->lanes, size = m.level->vectors, vectors = (tokens + lanes - 1) / lanes, positions = vectors * lanes;
     const int64_t step_bytes = 4 * lanes * size, steps = (w.cin + m.per() - 1) / m.per(), block_bytes = steps * step_bytes;
     std::vector<int64_t> starts;
@@ -11,12 +34,14 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     std::vector<Errors> errors(vectors, Errors{0, 0});
     std::vector<char> usable(vectors, 1);
     in_parts(vectors, tokens * w.cin > 32768 ? m.threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
+        const Buffer<float> room(x.narrow ? lanes * w.cin : 0);
         for (int64_t v = from; v < to; ++v) {
             const int64_t first = v * lanes, count = std::min(lanes, tokens - first);
-            for (int64_t t = first; t < first + count; ++t)
-                usable[v] &= m.level->token_grid(x + t * w.cin, w.cin, m.bits, m.wide, &grids[t]);
+            const float* rows = x.read(*m.level, first, count, room.get());
+            for (int64_t t = 0; t < count; ++t)
+                usable[v] &= m.level->token_grid(rows + t * w.cin, w.cin, m.bits, m.wide, &grids[first + t]);
             if (usable[v])
-                m.level->pack_tokens(x + first * w.cin, count, w.cin, &grids[first], m.wide, values.get() + starts[v], step_bytes,
+                m.level->pack_tokens(rows, count, w.cin, &grids[first], m.wide, values.get() + starts[v], step_bytes,
                                      m.bits < 16 ? nullptr : &errors[v]);
         }
     });
@@ -36,14 +61,14 @@ Outcome linear_product(const Method& m, const Weight& w, const float* x, float* 
     const Product product = {m, w, planned, a, vectors, 0, w.out};
     const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
         const int64_t first = vector * lanes;
-        m.level->put_tokens(tile, stride, rows, std::min(n * lanes, tokens - first), y + first * w.out + row, w.out);
+        put_results(*m.level, tile, stride, first, std::min(n * lanes, tokens - first), row, rows, y);
     };
     const int64_t bytes = product.run(&rounded, sink);
     return {1, ratio_of(lost), ratio_of(rounded), bytes};
 }
 
-// Few tokens: x [tokens, in] to y [tokens, out], row by row.
-Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
+// Few tokens times rows that are decoded one by one.
+Outcome decoded_few(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
     std::vector<Grid> grids(tokens);
     std::vector<uint8_t> values(m.codes ? tokens * w.cin : 0);
     std::vector<int32_t> sums(w.segment_count * tokens, 0);
@@ -64,6 +89,41 @@ Outcome few_tokens(const Method& m, const Weight& w, const float* x, float* y, i
                 m.level->dot_values(w, row, x, tokens, decoded.get(), y + row, w.out);
     });
     return {1, 0, 0, room * std::min(threads, w.out)};
+}
+
+// Few tokens as their codes are read, or else decoded.
+Outcome few_products(const Method& m, const Weight& w, const float* x, float* y, int64_t tokens) {
+    if (!m.level->serves_strips(w, m.codes)) return decoded_few(m, w, x, y, tokens);
+    const int64_t lanes = m.level->lanes, unit = m.codes ? 4 : 1, most = w.row_bytes / (unit * lanes) + w.segment_count + 1;
+    const int64_t stride = rounded_up(w.segment_count, lanes), inputs = most * w.fused * tokens * lanes;
+    const Buffer<Strip> cut(most);
+    const Buffer<Grid> grids(tokens);
+    const Buffer<int32_t> segments(most * lanes), counts(most * lanes), sums(m.codes ? most * tokens * lanes : 0);
+    const Buffer<float> laid(inputs), totals = zeros(tokens * stride), room(m.codes ? w.cin / 4 + 1 : 0);
+    Strips strips = {tokens,     0,          stride,     cut.get(), segments.get(), counts.get(), grids.get(), reinterpret_cast<int8_t*>(laid.get()),
+                     laid.get(), sums.get(), totals.get()};
+    m.level->cut_strips(w, unit, &strips);
+    for (int64_t t = 0; t < tokens; ++t)
+        if (!m.codes)
+            m.level->lay_floats(w, x + t * w.cin, t, strips);
+        else if (!m.level->lay_bytes(w, x + t * w.cin, m.bits, t, reinterpret_cast<int8_t*>(room.get()), strips))
+            return decoded_few(m, w, x, y, tokens);
+    const auto rows = m.codes ? m.level->dot_bytes : m.level->dot_floats;
+    const int64_t threads = w.out * w.cin * tokens > (m.codes ? kParallelBytes : kParallelFew) ? m.threads : 1;
+    in_parts(w.out, threads, 1, [&](int64_t from, int64_t to, int64_t) { rows(w, from, to, strips, y, w.out); });
+    return {1, 0, 0, 0};
+}
+
+// Few tokens: x [tokens, in] to y [tokens, out], row by row.
+Outcome few_tokens(const Method& m, const Weight& w, const Rows& inputs, const Rows& results, int64_t tokens) {
+    const Buffer<float> wide(inputs.narrow ? tokens * w.cin : 0), room(results.narrow ? tokens * w.out : 0);
+    float* y = results.narrow ? room.get() : static_cast<float*>(results.values);
+    const float* x = inputs.read(*m.level, 0, tokens, wide.get());
+    Outcome done = {1, 0, 0, 0};
+    for (int64_t t = 0; t < tokens && std::get<0>(done); t += kDotRows)
+        done = few_products(m, w, x + t * w.cin, y + t * w.out, std::min(kDotRows, tokens - t));
+    if (results.narrow) m.level->narrow(y, tokens * w.out, static_cast<uint16_t*>(results.values));
+    return done;
 }
 
 // Rows [first, last) in the weight's own order [.., cin, area], float32.

@@ -9,7 +9,8 @@
 constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
 constexpr int64_t kSmallTile = 16384;  // bytes of decoded weights that a thread may hold of any layer: half of a first-level cache
-constexpr int64_t kDotRows = 4;        // at most so many tokens are multiplied row by row
+constexpr int64_t kDotRows = 4;        // so many tokens are multiplied row by row at once
+constexpr int64_t kFew = 8;            // at most so many in all
 constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits
 constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16383 / 128 leaves the mean weight 10 bits
 constexpr double kMostLost = 4e-4;     // relative error of activations that are rounded to them
@@ -55,6 +56,7 @@ struct Plan {
     const Run* runs;
     const Range* ranges;
     int64_t run_count, range_count, slot_bytes;
+    bool straight;  // 8 bits of a row lie in its slot as they are decoded
 };
 
 // Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q - zero + rest) * scale. A zero point that is
@@ -84,6 +86,23 @@ struct Tile {
     const int32_t* shift;             // [runs, rows]: less the sum of the integers, as pairs of 16 bits (low, high / 128)
 };
 
+// A vector of a row's codes: ``bytes`` from byte ``from`` on, the first of them in segment ``first``.
+struct Strip {
+    int64_t from, bytes, first;
+};
+
+// Few tokens, laid out as the codes of a row lie (strips.h): a vector for each strip, place of a code in its byte, and token.
+struct Strips {
+    int64_t tokens, count, stride;
+    Strip* strips;
+    int32_t *segments, *inputs;  // [strips, lanes]: each lane's segment, less the strip's first, and how many inputs it meets
+    Grid* grids;                 // [tokens]
+    int8_t* bytes;               // their integers, less 128
+    float* floats;               // or they as they are
+    int32_t* sums;               // [strips, tokens, lanes] of the integers less zero, times the codes' center; of several segments only
+    float* totals;               // [tokens, stride]: of each segment the sum of its inputs, of integers less zero; zeros at the end
+};
+
 // Squares of errors and of what they are errors of.
 struct Errors {
     double error, all;
@@ -106,6 +125,14 @@ struct Level {
     void (*quantize_token)(const float* x, int64_t n, const Grid*, uint8_t* out);
     void (*pack_line)(const float* const* lines, int64_t channels, int64_t count, const Grid* const*, bool wide, int32_t* out, Errors*);
     void (*put_tokens)(const float* tile, int64_t stride, int64_t rows, int64_t tokens, float* y, int64_t y_stride);
+    bool (*serves_strips)(const Weight&, bool bytes);
+    void (*cut_strips)(const Weight&, int64_t unit, Strips*);
+    bool (*lay_bytes)(const Weight&, const float* token, int64_t bits, int64_t t, int8_t* room, const Strips&);
+    void (*lay_floats)(const Weight&, const float* token, int64_t t, const Strips&);
+    void (*dot_bytes)(const Weight&, int64_t first, int64_t last, const Strips&, float* y, int64_t y_stride);
+    void (*dot_floats)(const Weight&, int64_t first, int64_t last, const Strips&, float* y, int64_t y_stride);
+    void (*widen)(const uint16_t* from, int64_t n, float* to);
+    void (*narrow)(const float* from, int64_t n, uint16_t* to);
     void (*dot_codes)(const Weight&, int64_t row, const uint8_t* x, const Grid*, const int32_t* sums, int64_t tokens, int8_t* room,
                       float* y, int64_t y_stride);
     void (*dot_values)(const Weight&, int64_t row, const float* x, int64_t tokens, float* room, float* y, int64_t y_stride);
