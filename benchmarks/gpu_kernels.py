@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aquabit.kernels.attention import rounded_attention_reference
 from aquabit.kernels.backends.triton_attention import triton_attention
 from aquabit.kernels.backends.triton_int8 import triton_int8_linear
 from aquabit.kernels.backends.triton_kernels import triton_linear, triton_weight
 from aquabit.kernels.fake_quant import fake_quantize
-from aquabit.quant.attention import quantized_attention
 from benchmarks.gpu_steps import Steps
 from benchmarks.triton_kernels import made, paired
 
@@ -81,11 +81,13 @@ def attention(sizes: tuple[int, int, int, int, int], device: str) -> dict[str, A
     q, k, v = (torch.randn(images, heads, s, d, device=device).bfloat16() for s in (n, m, m))
     runs: dict[str, Run] = {
         "triton_attention": lambda: triton_attention(q, k, v),
-        "in torch": lambda: quantized_attention(q, k, v),
+        "in torch": lambda: rounded_attention_reference(q, k, v, None, d**-0.5),
         "not rounded": lambda: functional.scaled_dot_product_attention(q, k, v),
     }
     few = [t[:1, :1] for t in (q, k, v)]  # of one head: the scores of all in float64 are gigabytes
-    off = error(triton_attention(*few), quantized_attention(*(t.double() for t in few)))
+    off = error(
+        triton_attention(*few), rounded_attention_reference(*(t.double() for t in few), None, d**-0.5)
+    )
     return compared(runs, off, device)
 
 

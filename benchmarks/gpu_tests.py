@@ -16,9 +16,9 @@ from benchmarks.gpu_steps import Steps
 ROOT = Path(__file__).parents[1]
 # file: seconds at most, and the tests of the tiny form
 FILES = {
-    "test_triton_int8.py": (50, "half_precision or far_from_zero"),
-    "test_triton_attention.py": (50, "half_precision or equal_scores"),
-    "test_triton.py": (75, "rows_are_split"),
+    "test_triton_int8.py": (45, "half_precision or far_from_zero"),
+    "test_triton_attention.py": (60, "half_precision or equal_scores"),
+    "test_triton.py": (70, "rows_are_split"),
 }
 WORKERS = 12  # processes at most: each compiles for itself, which takes nearly all the time
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")

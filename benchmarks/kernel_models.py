@@ -66,7 +66,7 @@ CASES = {  # name: config, samples in a call (guidance takes two), threads, seco
     "SD 1.5's U-Net at 64 x 64": (SD15, (2,), (2,), 60.0, BITS),
 }
 BUNDLED_CASES = {
-    n: (bundled(n), (1, 16), (1, 2), 4.0, SMALL)
+    n: (bundled(n), (1, 16), (1,), 4.0, SMALL)
     for n in ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit")
 }
 ROUNDS = (3, 30)

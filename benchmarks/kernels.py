@@ -9,7 +9,7 @@ attention  attention with rounded probabilities against torch's own in float32 a
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
 models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
            codes, memory packed and auto
-bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one and two threads
+bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one thread
 roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
            reached (after them)
 all        every part

@@ -8,7 +8,7 @@ through ``codebook_linear`` or ``codebook_conv2d``, and so does what no kernel s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class _Call(NamedTuple):
     follows: bool  # whether it lies as the input does, channels last
 
 
+_Made: TypeAlias = tuple[object, tuple[int, ...], dict[Any, _Call | None]]  # choices, addresses, calls
+
+
 class Direct:
     """The calls of a layer with a weight, a bias, one setting (``ask`` makes requests of inputs; None where
     they do not fit) and ``act_output``, which its output is rounded to. They are prepared anew where tensors
@@ -76,9 +79,7 @@ class Direct:
         act_output: Rounding = 16,
     ):
         self.weight, self.bias, self.ask, self.act_output = weight, bias, ask, act_output
-        self._choices: object = None
-        self._addresses: tuple[int, ...] = ()
-        self._calls: dict[Any, _Call | None] = {}
+        self._made: _Made = (None, (), {})
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """What the layer makes of x, or None where that takes the whole way."""
@@ -108,12 +109,13 @@ class Direct:
         choices, addresses = choices_so_far(), self.weight.addresses
         if self.bias is not None:
             addresses = (*addresses, self.bias.data_ptr())
-        if choices is not self._choices or addresses != self._addresses or len(self._calls) > SHAPES:
-            self._choices, self._addresses, self._calls = choices, addresses, {}
+        made = self._made  # read and replaced as a whole: other threads may call with choices of their own
+        if choices is not made[0] or addresses != made[1] or len(made[2]) > SHAPES:
+            made = self._made = (choices, addresses, {})
         key = (x.shape, x.dtype, _threads())
-        if key not in self._calls:
-            self._calls[key] = self._prepared(x, key[2])
-        return self._calls[key]
+        if key not in made[2]:
+            made[2][key] = self._prepared(x, key[2])
+        return made[2][key]
 
     def _prepared(self, x: Tensor, threads: int) -> _Call | None:
         request = self.ask(x)

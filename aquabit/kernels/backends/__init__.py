@@ -87,7 +87,7 @@ def _triton_refuses(request: Request) -> str | None:
 
 
 def _triton_int8_refuses(request: Request) -> str | None:
-    if not isinstance(request.act, int) or request.act > 8:
+    if not request.integers:
         return "it rounds activations to whole numbers of at most 8 bits, which is not asked for"
     return int8_refuses(request.format) or _triton_refuses(request)
 
@@ -152,7 +152,6 @@ def _triton_conv2d(
 def _triton_int8_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, request: Request, _: Tensor | None
 ) -> Tensor:
-    assert isinstance(request.act, int)
     return triton_int8_linear(x, weight, bias, request.act)
 
 

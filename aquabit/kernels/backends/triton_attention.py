@@ -44,6 +44,8 @@ def triton_attention_refuses(
         return f"the dtypes are {found}; they must be one of float32, bfloat16 or float16"
     if max(query.shape[-1], value.shape[-1]) > WIDEST:
         return f"heads of {query.shape[-1]} and {value.shape[-1]} are wider than {WIDEST}"
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        return f"the mask is {attn_mask.dtype}; it must be bool or numbers that are added"
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return "it carries no gradient, and one is asked for"
     return None
@@ -55,15 +57,15 @@ def triton_attention(
     """softmax(q k^T scale + mask) rounded to 8 bits per query (``fake_quantize``), times v: [..., n, e] in
     the dtype of all three.
 
-    q [..., n, d], k [..., m, d], v [..., m, e], whose leading dimensions broadcast; mask [..., n, m] of bool
-    (False hides a key) or of numbers that are added; ``scale`` is 1 / sqrt(d) by default. Scores,
-    probabilities and sums are float32. A query that sees no key has NaN, as torch's softmax. Raises
+    q [..., n, d], k [..., m, d], v [..., m, e] and mask [..., n, m], whose leading dimensions broadcast; the
+    mask is of bool (False hides a key) or of numbers that are added; ``scale`` is 1 / sqrt(d) by default.
+    Scores, probabilities and sums are float32. A query that sees no key has NaN, as torch's softmax. Raises
     AquabitError for what does not fit.
     """
     why = triton_attention_refuses(query, key, value, attn_mask)
     if why:
         raise AquabitError(f"attention in triton cannot serve: {why}")
-    batch = _batch(query, key, value)
+    batch = _batch(query, key, value, attn_mask)
     n, m, d = query.shape[-2], key.shape[-2], query.shape[-1]
     four = [_four(t, batch) for t in (query, key, value)]
     mask = None if attn_mask is None else _four(_mask(attn_mask, (*batch, n, m)), batch)
@@ -72,8 +74,8 @@ def triton_attention(
     return y.reshape(*batch, n, value.shape[-1])
 
 
-def _batch(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
-    """The leading dimensions of all three together."""
+def _batch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> torch.Size:
+    """The leading dimensions of all together."""
     shapes = f"q {list(query.shape)}, k {list(key.shape)}, v {list(value.shape)}"
     least = min(query.ndim, key.ndim, value.ndim)
     if (
@@ -83,8 +85,9 @@ def _batch(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
         or not query.shape[-1]
     ):
         raise AquabitError(f"{shapes} do not fit; attention takes [..., n, d], [..., m, d] and [..., m, e]")
+    others = [t.shape[:-2] for t in (key, value, mask) if t is not None]
     try:
-        return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        return torch.broadcast_shapes(query.shape[:-2], *others)
     except RuntimeError as error:
         raise AquabitError(f"the leading dimensions of {shapes} do not broadcast") from error
 
@@ -94,8 +97,6 @@ def _mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
         full = mask.expand(shape)
     except RuntimeError as error:
         raise AquabitError(f"the mask is {list(mask.shape)}; it must broadcast to {list(shape)}") from error
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise AquabitError(f"the mask is {mask.dtype}; it must be bool or numbers that are added")
     return full.view(torch.uint8) if mask.dtype == torch.bool else full
 
 
@@ -114,7 +115,9 @@ _library.define(
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
+    # heads side by side in each token: joining them then costs no copy
+    images, heads, queries, _ = query.shape
+    return query.new_empty(images, queries, heads, value.shape[3]).transpose(1, 2)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -16,10 +16,10 @@ from aquabit.kernels.backends.triton_int8_device import TINY, nearest
 
 @triton.jit
 def _product(a, b):
-    """a [M, K] times b [K, N], float32: in their dtype on the matrix units, without them where it is
-    float32."""
+    """a [M, K] times b [K, N], float32: in their dtype on the matrix units, float32 in three products of
+    tf32, which keep 21 bits of each number."""
     if a.dtype == tl.float32:
-        product = tl.dot(a, b, input_precision="ieee")
+        product = tl.dot(a, b, input_precision="tf32x3")
     elif _INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
         product = tl.dot(a.to(tl.float32), b.to(tl.float32))
     else:
@@ -81,7 +81,8 @@ def attention(
     BLOCK_K: tl.constexpr,
 ):
     """y [b, h, queries, e] = round(softmax(q k^T scale + mask)) v, rounded to the grid of 256 points between
-    each query's smallest and largest probability (``fake_quantize`` at 8 bits, per token).
+    each query's smallest and largest probability (``fake_quantize`` at 8 bits, per token); y lies in memory
+    as [b, queries, h, e].
 
     With probabilities p = step * (level + first), level in {0 .. 255}: y = step * (sum_k level[k] v[k] +
     first * sum_k v[k]). MASK: 0 none, 1 bytes (0 hides a key), 2 numbers that are added. D and E are d and e
@@ -137,18 +138,30 @@ def attention(
 
     first, step = tl.where(constant, high, first), tl.where(constant, 1.0, step)
     y = (sums + first[:, None] * column[None, :]) * step[:, None]
-    at = (head * queries + n64)[:, None] * e + at_e[None, :]
+    at = ((b * queries + n64) * heads + h)[:, None] * e + at_e[None, :]
     tl.store(y_ptr + at, _narrow(y, y_ptr.dtype.element_ty), mask=q_ok[:, None] & e_ok[None, :])
 
 
+# queries and keys of a tile, warps, stages; by whether numbers are float32, and heads wider than 256 bytes:
+# larger tiles would not fit a processor, and take long to compile to find out
+_TILES = {
+    (False, False): {(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)},
+    (False, True): {(32, 32, 4, 2), (64, 64, 4, 3)},
+    (True, False): {(32, 32, 4, 2), (64, 32, 4, 3)},
+    (True, True): {(32, 16, 4, 1), (32, 32, 4, 2)},
+}
 _CONFIGS = [
     triton.Config({"BLOCK_Q": q, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-    for q, k, warps, stages in (
-        (32, 32, 4, 2),
-        (64, 32, 4, 3),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-    )
+    for q, k, warps, stages in sorted(set().union(*_TILES.values()))
 ]
-tuned_attention = tuned(attention, _CONFIGS, ["queries", "keys", "D", "E", "MASK"])
+
+
+def _suited(configs, positional, **named):
+    """The tiles for a call's dtype and width."""
+    given = positional | named
+    size = given["query_ptr"].element_size()
+    own = {tile[:2] for tile in _TILES[size == 4, max(given["D"], given["E"]) * size > 256]}
+    return [c for c in configs if (c.kwargs["BLOCK_Q"], c.kwargs["BLOCK_K"]) in own]
+
+
+tuned_attention = tuned(attention, _CONFIGS, ["queries", "keys", "D", "E", "MASK"], _suited)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from aquabit.activation_bits import Rounding, act_bits, act_code, rounding_of
 from aquabit.kernels.backends.triton_kernels import (
     Weight,
     _checked,
@@ -27,6 +28,7 @@ from aquabit.kernels.backends.triton_kernels import (
 )
 from aquabit.kernels.backends.triton_weight import TritonWeight
 from aquabit.kernels.codebook import ceil_divide
+from aquabit.kernels.fake_quant import LEVELS
 from aquabit.kernels.registry import weight_at
 from aquabit.kernels.request import Format
 from aquabit.scheme import AquabitError
@@ -63,15 +65,15 @@ def _why_not(uniform: bool, bits: int, shape: tuple[int, ...], counts: tuple[int
     return None
 
 
-def triton_int8_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, act: int = 8) -> Tensor:
-    """x [..., in], rounded per token to ``act`` bits (2 to 8) as ``fake_quantize`` does, times a coded weight
-    [out, in], plus bias [out]: [..., out] in x's dtype.
+def triton_int8_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, act: Rounding = 8) -> Tensor:
+    """x [..., in], rounded per token as ``fake_quantize`` does, to ``act`` bits (2 to 8) or "i8", times a
+    coded weight [out, in], plus bias [out]: [..., out] in x's dtype.
 
     Relative error 1e-6 of the float64 product of both, before rounding to x's dtype. Raises AquabitError for
     bits, weights, shapes, devices or dtypes that do not fit.
     """
-    if not 2 <= act <= 8:
-        raise AquabitError(f"{act=} does not fit; activations multiplied as integers have 2 to 8 bits")
+    if act == "f8" or not 2 <= act_bits(act) <= 8:
+        raise AquabitError(f"{act=} does not fit; activations multiplied as integers have 2 to 8 bits, or i8")
     laid = _checked(x, weight, bias, "exact", 2)
     why = _why_not(laid.tables is None, laid.bits, laid.shape, _counts(laid))
     if why:
@@ -81,7 +83,8 @@ def triton_int8_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, ac
             f"the input is {list(x.shape)}; a weight {list(laid.shape)} takes [..., {laid.shape[1]}]"
         )
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.aquabit.triton_int8_linear(rows, _contiguous(bias), laid.number, laid.shape[0], act)
+    number, code = laid.number, act_code(act)
+    y: Tensor = torch.ops.aquabit.triton_int8_linear(rows, _contiguous(bias), number, laid.shape[0], code)
     return y.reshape(*x.shape[:-1], laid.shape[0])
 
 
@@ -149,7 +152,7 @@ def _linear(x: Tensor, bias: Tensor | None, weight: int, outputs: int, act: int)
     if y.numel() == 0:
         return y
     with _on(x):
-        _multiply(_quantized(x, act), y, laid, bias)
+        _multiply(_quantized(x, rounding_of(act)), y, laid, bias)
     return y
 
 
@@ -162,16 +165,17 @@ for _key in ("CUDA", "CPU"):  # CPU: the interpreter
 torch.library.register_fake("aquabit::triton_int8_linear", _linear_fake, lib=_library)
 
 
-def _quantized(x: Tensor, act: int) -> tuple[Tensor, ...]:
+def _quantized(x: Tensor, act: Rounding) -> tuple[Tensor, ...]:
     """q int8 [tokens, in]; step, shift and sum float32 [tokens]: see ``quantize_tokens``."""
     tokens, row = x.shape
+    levels = 2 * LEVELS if act == "i8" else (1 << act_bits(act)) - 1
     q = torch.empty(tokens, row, dtype=torch.int8, device=x.device)
     step, shift, total = torch.empty(3, tokens, dtype=torch.float32, device=x.device)
 
     def chosen() -> tuple[Any, Any, dict[str, Any]]:
         # a fused multiply-add would round some halves otherwise than torch
-        constants = {"LEVELS": (1 << act) - 1, "BLOCK": _BLOCK_TOKEN, "enable_fp_fusion": False}
-        return _int8_device().quantize_tokens, (tokens, 1, 1), constants
+        constants = {"LEVELS": levels, "SYMMETRIC": act == "i8", "BLOCK": _BLOCK_TOKEN}
+        return _int8_device().quantize_tokens, (tokens, 1, 1), constants | {"enable_fp_fusion": False}
 
     _start(("int8 tokens", act, tokens), q, (x, q, step, shift, total), (row, *x.stride()), chosen)
     return q, step, shift, total

@@ -25,11 +25,24 @@ def nearest(values):
 
 @triton.jit
 def quantize_tokens(
-    x_ptr, q_ptr, step_ptr, shift_ptr, sum_ptr, row, x_b, x_c, LEVELS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    q_ptr,
+    step_ptr,
+    shift_ptr,
+    sum_ptr,
+    row,
+    x_b,
+    x_c,
+    LEVELS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """q int8 [tokens, row] with step, shift and sum_k q (float32 [tokens] each) of x [tokens, row], on the
-    grid of LEVELS + 1 points that ``fake_quantize`` has per token. A row with a NaN or an infinity has a step
-    of NaN; a constant one a step of 1 and its value as shift. Grid: tokens."""
+    grid of LEVELS + 1 points that ``fake_quantize`` has per token (SYMMETRIC: around zero, "i8").
+
+    A row with a NaN or an infinity has a step of NaN; a constant one a step of 1 and its value as shift.
+    Grid: tokens.
+    """
     HALF: tl.constexpr = (LEVELS + 1) // 2
     t = tl.program_id(0).to(tl.int64)
     lows = tl.full([BLOCK], float("inf"), dtype=tl.float32)
@@ -43,10 +56,13 @@ def quantize_tokens(
         highs = tl.maximum(highs, tl.where(ok, xs, float("-inf")))
         none += xs * 0.0
     low, high = tl.min(lows, axis=0), tl.max(highs, axis=0)
+    if SYMMETRIC:
+        high = tl.maximum(high, -low)
+        low = -high
     step = tl.div_rn(high * 0.5 - low * 0.5, LEVELS * 0.5)
     constant = step < TINY
     inverse = tl.div_rn(1.0, tl.where(constant, 1.0, step))
-    zero = nearest(-low * inverse)
+    zero = nearest(-low * inverse)  # SYMMETRIC: HALF
     bad = tl.sum(none, axis=0)
     keeps = constant | (bad != 0.0)  # no integers then: nothing, or no number, is left to round
     total = tl.zeros([BLOCK], dtype=tl.int32)

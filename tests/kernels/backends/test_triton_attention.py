@@ -137,6 +137,10 @@ def test_layouts_and_leading_dimensions() -> None:
     q, k, v = drawn(4, 5, 8, 8, 2, 1, 3)
     check(q, k, v, noise(4, 5, seed=8))
     check(q, k[:, :, :1], v[:1])
+    q, k, v = drawn(4, 5, 8, 8)
+    check(q, k, v, noise(2, 3, 4, 5, seed=8))  # a mask with more dimensions than the rest
+    y = triton_attention(*(t.to(DEVICE) for t in drawn(4, 5, 8, 8, 2, 3)))
+    assert y.transpose(1, 2).is_contiguous()  # joining heads costs no copy
     assert triton_attention(*(t.to(DEVICE) for t in drawn(0, 5, 8, 8, 2))).shape == (2, 0, 8)
     assert torch.equal(triton_attention(*(t.to(DEVICE) for t in drawn(3, 0, 8, 8))).cpu(), torch.zeros(3, 8))
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from aquabit.activation_bits import Rounding
 from aquabit.kernels.backends import backend_named
 from aquabit.kernels.backends.triton_int8 import _quantized, centred, int8_refuses, triton_int8_linear
 from aquabit.kernels.backends.triton_kernels import triton_available, triton_weight
@@ -32,12 +33,15 @@ UNIFORM = ("usq1", "usq2", "usq3", "usq4", "usq5", "usq8")
 GROUPED = Format(4, C=0, n=3, offset=True)
 
 
-def rounded(x: Tensor, act: int) -> np.ndarray:
-    """x [tokens, in] on the grids of 2^act points, one a token: float64, by this function alone. The grid's
-    step and zero are float32's, as the rounding of halves depends on them."""
+def rounded(x: Tensor, act: Rounding) -> np.ndarray:
+    """x [tokens, in] on the grids of 2^act points, or the 255 around zero of "i8", one a token: float64, by
+    this function alone. The grid's step and zero are float32's, as the rounding of halves depends on them."""
     wide = x.float().numpy()
     low, high = wide.min(1, keepdims=True), wide.max(1, keepdims=True)
-    top = np.float32(2**act - 1)
+    top = np.float32(254 if act == "i8" else 2**act - 1)
+    if act == "i8":
+        high = np.maximum(high, -low)
+        low = -high
     step = (high * np.float32(0.5) - low * np.float32(0.5)) / (top * np.float32(0.5))
     constant = step == 0
     inverse = np.float32(1) / np.where(constant, np.float32(1), step)
@@ -46,7 +50,7 @@ def rounded(x: Tensor, act: int) -> np.ndarray:
     return np.where(constant, wide, level * step.astype(np.float64))
 
 
-def check(weight: CodebookWeight, decoded: np.ndarray, x: Tensor, bias: Tensor | None, act: int) -> None:
+def check(weight: CodebookWeight, decoded: np.ndarray, x: Tensor, bias: Tensor | None, act: Rounding) -> None:
     expected = torch.from_numpy(rounded(x, act) @ decoded.T)
     if bias is not None:
         expected += bias.double()
@@ -56,9 +60,9 @@ def check(weight: CodebookWeight, decoded: np.ndarray, x: Tensor, bias: Tensor |
     assert bool(((y.double().cpu() - expected).abs() <= rounding + 1e-6 * expected.abs().max()).all())
 
 
-@pytest.mark.parametrize("act", [8, 5, 2])
+@pytest.mark.parametrize("act", [8, 5, 2, "i8"])
 @pytest.mark.parametrize("name", UNIFORM)
-def test_linear_of_every_width(name: str, act: int) -> None:
+def test_linear_of_every_width(name: str, act: Rounding) -> None:
     weight, decoded = made(FORMATS[name], (19, 83))
     check(weight, decoded, noise(21, 83), noise(19, seed=2), act)
 
@@ -81,9 +85,9 @@ def test_groups_of_inputs_with_a_scale_each(bits: int, groups: int) -> None:
     out=st.integers(1, 40),
     inputs=st.integers(1, 70),
     tokens=st.integers(1, 34),
-    act=st.integers(2, 8),
+    act=st.sampled_from((2, 3, 4, 5, 6, 7, 8, "i8")),
 )
-def test_linear_of_any_shape(name: str, out: int, inputs: int, tokens: int, act: int) -> None:
+def test_linear_of_any_shape(name: str, out: int, inputs: int, tokens: int, act: Rounding) -> None:
     weight, decoded = made(FORMATS[name], (out, inputs), seed=inputs)
     check(weight, decoded, noise(tokens, inputs, seed=out), None, act)
 
@@ -94,7 +98,8 @@ def test_tokens_that_are_far_from_zero_constant_or_long() -> None:
     x[0] += 1000
     x[1], x[2] = 2.5, 0
     x[3, 1090:] *= 100
-    check(weight, decoded, x, noise(5, seed=2), 8)
+    for act in (8, "i8"):
+        check(weight, decoded, x, noise(5, seed=2), act)
 
 
 @pytest.mark.parametrize("act", [8, 3])
@@ -106,6 +111,14 @@ def test_integers_of_tokens_are_those_of_the_grid(act: int) -> None:
     found = step.double()[:, None] * (q.double() + shift.double()[:, None])
     assert torch.equal(found, torch.from_numpy(rounded(x, act)))
     assert torch.equal(total, q.sum(1).float())
+
+
+def test_integers_around_zero_have_no_shift() -> None:
+    x = noise(4, 1030)
+    x[1] = torch.arange(1030.0) % 509 / 2 - 127  # with halves between points
+    q, step, shift, _ = (t.cpu() for t in _quantized(x.to(DEVICE), "i8"))
+    assert not bool(shift.any()) and int(q.abs().max()) == 127
+    assert torch.equal(step.double()[:, None] * q.double(), torch.from_numpy(rounded(x, "i8")))
 
 
 def test_what_is_not_finite_stays_in_its_token() -> None:
@@ -155,15 +168,16 @@ def test_weights_that_it_refuses(name: str, shape: tuple[int, ...], message: str
 
 def test_it_names_what_does_not_fit() -> None:
     weight, _ = made(FORMATS["usq4"], (5, 20))
-    with pytest.raises(AquabitError, match="act=9 does not fit"):
-        triton_int8_linear(torch.zeros(3, 20, device=DEVICE), weight, None, 9)
+    for act in (9, 16, "f8"):
+        with pytest.raises(AquabitError, match=f"act={act!r} does not fit"):
+            triton_int8_linear(torch.zeros(3, 20, device=DEVICE), weight, None, act)
     with pytest.raises(AquabitError, match=r"the input is \[3, 21\]"):
         triton_int8_linear(torch.zeros(3, 21, device=DEVICE), weight)
     long = Request("linear", format_of(made(FORMATS["usq1"], (1, 131072))[0]), 16).format
     assert "131072 inputs" in str(int8_refuses(long))
 
 
-def request(name: str, tokens: int, act: int, **more: object) -> Request:
+def request(name: str, tokens: int, act: Rounding, **more: object) -> Request:
     form = format_of(made(FORMATS[name], (24, 32))[0])
     return Request("linear", form, tokens, act=act, device="cuda", dtype="bfloat16", **more)
 
@@ -173,7 +187,8 @@ def test_dispatch_knows_it() -> None:
     refusals = "aquabit.kernels.backends.triton_refuses"
     with mock.patch(refusals, return_value=None):
         assert select(request("usq4", 256, 8), {}) == "triton_int8"
-        assert select(request("usq4", 2, 8), {}) == "triton"
+        assert select(request("usq4", 256, "i8"), {}) == "triton_int8"
+        assert select(request("usq4", 256, "f8"), {}) == select(request("usq4", 2, 8), {}) == "triton"
         assert select(request("usq4", 256, 8, dense=True), {}) == "dense"
         assert select(request("usq4", 256, 16), {}) == select(request("vq3", 256, 8), {}) == "triton"
         r = request("usq4", 256, 8)

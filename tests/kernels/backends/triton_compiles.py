@@ -71,10 +71,16 @@ CASES: list[tuple[str, Any, str, str, dict[str, Any]]] = [
     ("add", triton_device.add_parts, "usq4", "bf16", {"TOKENS": 4, "BLOCK_N": 128}),
     ("int8", triton_int8_device.int8_matmul, "usq4", "bf16", INT8),
     ("int8", triton_int8_device.int8_matmul, "usq8g64", "bf16", INT8 | {"CENTRE_SIZE": 64}),
-    ("tokens", triton_int8_device.quantize_tokens, "usq4", "bf16", {"LEVELS": 255, "BLOCK": 1024}),
+    (
+        "tokens",
+        triton_int8_device.quantize_tokens,
+        "usq4",
+        "bf16",
+        {"LEVELS": 254, "SYMMETRIC": True, "BLOCK": 1024},
+    ),
     ("attention", triton_attention_device.attention, "usq4", "bf16", ATTENTION),
     ("attention", triton_attention_device.attention, "usq4", "fp16", ATTENTION | {"MASK": 1, "D": 128}),
-    ("attention exact", triton_attention_device.attention, "usq4", "fp32", ATTENTION | {"MASK": 2}),
+    ("attention", triton_attention_device.attention, "usq4", "fp32", ATTENTION | {"MASK": 2, "BLOCK_K": 32}),
 ]
 
 
