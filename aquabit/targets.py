@@ -155,7 +155,8 @@ def _sdnq(scheme: Scheme, node: Node) -> str | None:
     our ``usq`` is, float8_e4m3fn) and quantizer.py: Linear, and Conv2d with ``quant_conv``; groups are of
     input channels at one tap and divide them, and a tap of a convolution without groups has a scale of its
     own, which may repeat that of its row. What is quantized already has no least size (utils.py); codes share
-    whole bytes."""
+    whole bytes. Its quantized product rounds inputs as ``i8`` and ``f8`` (quant_utils.py, quantize_int_mm and
+    quantize_fp_mm), but of 32 tokens and more alone (layers/linear/linear_int8.py): files ask for none."""
     known = [*(f"{kind}{bits}" for kind in ("int", "usq") for bits in range(2, 9)), "fp8"]
     if (why := _forms("SDNQ", scheme, known)) is not None:
         return why

@@ -132,7 +132,9 @@ def bits_text(config: Any, steps: int) -> str:
     """The bits of the layers in each step, as 4 4 6; a range where layers differ."""
     texts = []
     for t in range(steps):
-        row = {c.act if isinstance(c.act, int) else c.act[config.steps.of(t)] for c in config.layers.values()}
+        row = {
+            c.act[config.steps.of(t)] if isinstance(c.act, tuple) else c.act for c in config.layers.values()
+        }
         texts.append("/".join(map(str, sorted(row))))
     return " ".join(texts) if config.layers and len(set(texts)) > 1 else (texts[0] if config.layers else "")
 

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pandas as pd
 
+from aquabit.activation_bits import act_text
 from aquabit.progress import span
 from aquabit.reports import words
 from aquabit.reports.facts import Facts
@@ -48,7 +49,7 @@ def run_card(facts: Facts) -> list[tuple[str, str]]:
         card.append(("layers", text))
     if facts.space:
         schemes = list(dict.fromkeys(s for row in facts.space.get("choices", {}).values() for s in row))
-        acts = ", ".join(f"a{a}" for a in facts.space.get("activations", []))
+        acts = ", ".join(act_text(a) for a in facts.space.get("activations", []))
         card.append(("search space", f"{', '.join(schemes)}; activations {acts}"))
     card += _protocol(facts)
     if facts.correction:
