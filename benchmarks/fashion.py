@@ -299,7 +299,7 @@ def sections(found: dict[str, Any]) -> dict[str, list[str]]:
         ],
         "finetune": [
             "## Fine-tuning",
-            f"Uniform `usq2h`, a8, {TUNING_STEPS} steps ({', '.join(seconds)} on one thread of shared cores).",
+            f"Uniform `usq2h`, a8, {TUNING_STEPS} steps ({', '.join(seconds)} on one thread, shared cores).",
             *pair_table(found["finetune"], {}),
         ],
     }
