@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-from aquabit.kernels.backends import BACKENDS
+from aquabit.kernels.arranged import Arranged
+from aquabit.kernels.backends import BACKENDS, backend_named
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, machine_timings, remember
+from aquabit.kernels.direct import Direct
+from aquabit.kernels.dispatch import (
+    codebook_conv2d,
+    codebook_linear,
+    context_of,
+    held,
+    machine_timings,
+    remember,
+)
 from aquabit.kernels.request import Format, Request
 from aquabit.scheme import Progress, no_progress
 
@@ -127,7 +136,13 @@ def _runs(request: Request) -> dict[str, Run]:
 def _coded(
     request: Request, x: Tensor, weight: CodebookWeight, bias: Tensor, dense: Tensor, backend: str
 ) -> Run:
+    """As a packed layer runs it: directly where it can."""
     r, g, copy = request, request.geometry, dense if backend == "dense" else None
+    arranged = None if backend_named(backend, BACKENDS).raw is None else held(weight)
+    if isinstance(arranged, Arranged):
+        direct, context = Direct(arranged, bias, lambda _: r), context_of({r.key: {backend: 1.0}})
+        if context.run(direct, x) is not None:
+            return lambda: context.run(direct, x)
     if r.kind == "linear":
         return lambda: codebook_linear(x, weight, bias, r.accuracy, backend, act=r.act, dense=copy)
     return lambda: codebook_conv2d(

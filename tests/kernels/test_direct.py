@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aquabit.kernels import codebook_conv2d, codebook_linear, straight_through
+from aquabit.kernels import codebook_conv2d, codebook_linear, straight_through, time_requests
 from aquabit.kernels import direct as own
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.direct import SHAPES, Direct, is_plain
@@ -230,3 +230,16 @@ def test_what_kernels_cannot_do_takes_the_whole_way(prepared: list[Request]) -> 
     assert call(outliers) is None, "no integers stand for such activations"
     exact = Direct(weight, None, lambda x: linear_request(x, format_held(weight), "exact", 16))
     assert exact(inputs(64, 16)) is None and exact(inputs(2, 16)) is not None
+
+
+def test_kernels_are_timed_as_layers_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = coded("usq4", (8, 16)).weight, inputs(2, 16)
+    bias, whole = torch.zeros(8), []
+    monkeypatch.setattr(time_requests, "codebook_linear", lambda *a, **k: whole.append(a))
+    request = linear_request(x, format_held(arranged("usq4", (8, 16))), "fast", 8)
+    for backend in ("decode", "lut"):
+        y = time_requests._coded(request, x, weight, bias, weight.dequantize(), backend)()
+        torch.testing.assert_close(y, codebook_linear(x, weight, bias, "fast", backend, act=8))
+    assert not whole
+    time_requests._coded(request, x, weight, bias, weight.dequantize(), "reference")()
+    assert len(whole) == 1
