@@ -187,7 +187,8 @@ def test_kernels_and_groups_that_the_table_kernel_has_no_room_for() -> None:
 
 def test_a_matrix_is_no_convolution() -> None:
     weight, image = made("vq5"), made("aq2x6k")
-    address, sizes = torch.zeros(4096).data_ptr(), [1, 8, 5, 5]
+    values, sizes = torch.zeros(4096), [1, 8, 5, 5]
+    address = values.data_ptr()
     with pytest.raises(ValueError, match="no matrix"):
         native.LutWeight(image, plan_of(image)).linear(address, address, 0, 1, False, 1, 0)
     with pytest.raises(ValueError, match="no matrix"):
@@ -213,7 +214,7 @@ def test_a_matrix_is_no_convolution() -> None:
     with pytest.raises(ValueError, match="beyond"):
         own.rows(0, 7, address, 1, 0)
     with pytest.raises(ValueError, match="not few"):
-        decode.linear(address, address, 0, 5, 8, True, 1, 0)
+        decode.linear(address, address, 0, 9, 8, True, 1, 0)
 
 
 @pytest.mark.parametrize("how", COPIES)
