@@ -46,9 +46,10 @@ INLINE void store(int8_t* x, Bytes v) { *reinterpret_cast<UnalignedBytes*>(x) = 
 INLINE Ints load_ints(const void* x) { return *reinterpret_cast<const UnalignedInts*>(x); }
 INLINE void store_ints(void* x, Ints v) { *reinterpret_cast<UnalignedInts*>(x) = v; }
 
-// The first ``left`` values, and zeros.
+// The first ``left`` values (none where it is below 1), and zeros.
 INLINE Floats load_some(const float* x, int64_t left) {
     if (left >= kLanes) return load(x);
+    if (left <= 0) return Floats{};
 #if AQUABIT_LEVEL == 4
     return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), x);
 #else
@@ -60,6 +61,7 @@ INLINE Floats load_some(const float* x, int64_t left) {
 
 INLINE Bytes load_some(const uint8_t* x, int64_t left) {
     if (left >= kBytes) return load(x);
+    if (left <= 0) return Bytes{};
 #if AQUABIT_LEVEL == 4
     return (Bytes)_mm512_maskz_loadu_epi8((uint64_t(1) << left) - 1, x);
 #else
@@ -69,8 +71,9 @@ INLINE Bytes load_some(const uint8_t* x, int64_t left) {
 #endif
 }
 
-// The first ``left`` values (below kBytes) to memory.
+// The first ``left`` values (below kBytes; none where it is below 1) to memory.
 INLINE void store_some(int8_t* to, Bytes v, int64_t left) {
+    if (left <= 0) return;
 #if AQUABIT_LEVEL == 4
     _mm512_mask_storeu_epi8(to, (uint64_t(1) << left) - 1, (__m512i)v);
 #else
