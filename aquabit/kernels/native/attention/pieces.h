@@ -46,11 +46,7 @@ INLINE Floats read(const void* row, bool narrow, int64_t at, int64_t count) {
             for (int64_t i = 0; i < left; ++i) half[i] = x[i];
         return (Floats)(__builtin_convertvector(half, Words) << 16);
     }
-    const float* x = static_cast<const float*>(row) + at;
-#if AQUABIT_LEVEL == 4
-    if (left < kLanes) return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << left) - 1), x);
-#endif
-    return load_some(x, left);
+    return load_some(static_cast<const float*>(row) + at, left);
 }
 
 // To a row at ``at``, of ``count`` values.
