@@ -17,6 +17,7 @@ from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import AquabitError, Calibration, LayerChoice, QuantConfig, Scheme
 from aquabit.space import make_space
+from aquabit.targets import TARGETS
 
 
 def uniform(pipe: Any, scheme: str) -> QuantConfig:
@@ -33,6 +34,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Exported]:
         return [f"{out.name} is made up"]
 
     monkeypatch.setitem(WRITERS, "mine", Writer(write, given.append))
+    monkeypatch.setitem(TARGETS, "mine", TARGETS["aquabit"])
     return given
 
 

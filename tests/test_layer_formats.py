@@ -392,7 +392,7 @@ def test_space_files_take_levels_and_formats(tmp_path) -> None:
         ({"pinned": {"conv_in": 5}}, "scheme 5"),
         ({"pinned": ["conv_in"]}, "pinned"),
         ({"schemes": [], "levels": []}, "empty"),
-        ({"activations": []}, r"\[\]"),
+        ({"activations": []}, "list of activations is empty"),
         ({"calibration": {}}, "calibration"),
     ],
 )

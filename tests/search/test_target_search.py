@@ -70,10 +70,11 @@ def test_what_a_target_cannot_hold_is_never_the_answer() -> None:
         session = SimpleNamespace(space=space, model=SimpleNamespace(graph=graph))
         return Search.deployable(SimpleNamespace(session=session), config)  # type: ignore[arg-type]
 
-    good, of_sdnq = every.uniform("usq4"), narrowed(every, graph, "sdnq")
-    ours, torn = every.uniform("vq3"), good.with_layer(every.tied[0][1], "usq2")
-    assert [deployable(every, c) for c in (good, ours, torn)] == [True, True, False]
-    assert [deployable(of_sdnq, c) for c in (good, ours, torn)] == [True, False, False]
+    good, of_sdnq = every.uniform("usq4", 16), narrowed(every, graph, "sdnq")
+    ours, torn = every.uniform("vq3", 16), good.with_layer(every.tied[0][1], "usq2")
+    rounded = every.uniform("usq4", 8)  # activations, which SDNQ leaves as they are
+    assert [deployable(every, c) for c in (good, ours, torn, rounded)] == [True, True, False, True]
+    assert [deployable(of_sdnq, c) for c in (good, ours, torn, rounded)] == [True, False, False, False]
 
 
 def test_a_target_of_which_nothing_was_measured_is_an_error(begun: tuple[Any, Study, Path]) -> None:
