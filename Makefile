@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL ?= fashion-unet
 DEMO ?= demo
-DEMO_OPTIONS ?= --bits 2.04 --space examples/demo.json --samples 0 --flips 0 --images 16 --front 1
+DEMO_OPTIONS ?= --bits 2.04 --space examples/demo.json --samples 0 --flips 0 --objective psnr --images 8 --front 1
 JOBS ?= 2
 TERRAIN := adaptive-terrain-diffusion==0.4.2
 SANITIZED := build/sanitize
