@@ -149,10 +149,13 @@ def _same_quality(
     search: Search, front: Front, uniforms: Sequence[QuantConfig], protocols: Sequence[Protocol], metric: str
 ) -> list[dict[str, Any]]:
     """For each uniform configuration the smallest member of the front that is measured as good by
-    fidelity, or None: how much smaller."""
+    fidelity, or None: how much smaller. Of one that is smaller than every member the front tells nothing."""
     sign, rows = search.session.protocol.sign(metric), []
+    smallest = min(m.bytes for m in front.members)
     for config in uniforms:
         cost, value = search.costs(config), float(np.mean(_blocks(search, config, protocols, metric)))
+        if cost.bytes < smallest:
+            continue
         good = [m for m in front.members if sign * m.measured[metric].value <= sign * value]
         least = min((m.bytes for m in good), default=None)
         named = {"uniform": config_name(config), "bytes": cost.bytes, "metric": metric, "value": value}

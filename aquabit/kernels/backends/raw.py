@@ -12,8 +12,8 @@ Run: TypeAlias = Callable[
 
 class Raw(NamedTuple):
     """``run`` reads values in a row and writes such, of float32, or of bfloat16 (the bias too) where it is
-    ``narrow``. ``rounds``: it rounds the activations itself. ``follows``: the
-    result of an image in channels_last is so, too."""
+    ``narrow``. ``rounds``: it rounds the activations itself. ``follows``: the result of an image in
+    channels_last is so, too."""
 
     run: Run
     rounds: bool
