@@ -132,23 +132,26 @@ def open_study(
     space: Mapping[str, Any] | None = None,
     workers: int = 2,
     base: Path | None = None,
+    images: int | None = None,
 ) -> Any:
     """A session on the study of a model, made where it is missing: a copy of ``base``, if that is there, or
-    one of the given space. The bank is that of the folder unless another is named."""
+    one of the given space and number of images a measurement. The bank is that of the folder unless another
+    is named."""
     from aquabit.measuring.session import open_session
     from aquabit.measuring.settings import MeasureOptions
     from aquabit.measuring.where import Where
+    from aquabit.scheme import Protocol
     from aquabit.study import Study
 
     if base is not None and base.exists() and not path.exists():
         shutil.copy(base, path)
     study = Study(path)
+    options = MeasureOptions(
+        protocol=Protocol(images=images) if images and "protocol" not in study else None,
+        space=None if "space" in study else space,
+    )
     return open_session(
-        model,
-        study,
-        MeasureOptions(space=None if "space" in study else space),
-        Where(workers=workers, bank=str(bank or path.parent / "bank")),
-        progress=say,
+        model, study, options, Where(workers=workers, bank=str(bank or path.parent / "bank")), progress=say
     )
 
 

@@ -47,35 +47,36 @@ from benchmarks.searches import SPACE, study_path
 ARMS = ("near:0.75", "random")
 SAMPLES, FLIPS, BITS, SWAP = 60, 20, 3.0, "usq4h:usq2h"
 CONTEXTS, SEED = 4, 20_261_129
+IMAGES = 128
 METRICS = ("psnr", "fid")
 REPLICATES = 1000
 FIRST_BLOCK, CEILING_BLOCK = 201, 211  # the other benchmarks use blocks up to 105
 
 
-def open_study(folder: Path, bank: Path, model: str, what: str) -> Any:
+def open_study(folder: Path, bank: Path, model: str, what: str, images: int) -> Any:
     """A session on ``effects-WHAT-MODEL.db``."""
     path, base = file_of(folder, model, what), study_path(folder, model)
-    return common.open_study(path, model, bank, SPACE, workers=1, base=base)
+    return common.open_study(path, model, bank, SPACE, workers=1, base=base, images=images)
 
 
 def file_of(folder: Path, model: str, what: str) -> Path:
     return folder / f"effects-{what.partition(':')[0]}-{model}.db"
 
 
-def measure(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
+def measure(folder: Path, bank: Path, model: str, arms: Sequence[str], images: int) -> None:
     from aquabit.sensitivity.designs import draw
     from aquabit.sensitivity.effects.validation import validate_in
 
     for arm in arms:
-        with open_study(folder, bank, model, arm) as session:
+        with open_study(folder, bank, model, arm, images) as session:
             session.references(say)
             session.measure(draw(session, arm, SAMPLES, 0), "sample", say, what=f"{model}, {arm}")
             validate_in(session, FLIPS, SWAP, BITS, 0, say)
 
 
-def ceiling(folder: Path, bank: Path, model: str, arms: Sequence[str]) -> None:
+def ceiling(folder: Path, bank: Path, model: str, arms: Sequence[str], images: int) -> None:
     for arm in arms:
-        with open_study(folder, bank, model, arm) as session:
+        with open_study(folder, bank, model, arm, images) as session:
             other = [session.protocol.block(CEILING_BLOCK)]
             session.measure([session.space.full_precision()], "reference", say, other, "full precision")
             from aquabit.sensitivity.designs import draw
@@ -119,8 +120,8 @@ def ends_in(space: Any, costs: Any, damages: Any, number: int) -> list[tuple[Any
     return list(zip(configs[::2], configs[1::2], strict=True))
 
 
-def truth(folder: Path, bank: Path, model: str, contexts: int) -> None:
-    with open_study(folder, bank, model, "truth") as session:
+def truth(folder: Path, bank: Path, model: str, contexts: int, images: int) -> None:
+    with open_study(folder, bank, model, "truth", images) as session:
         for k in range(contexts):
             protocol = [session.protocol.block(FIRST_BLOCK + k)]
             session.measure([session.space.full_precision()], "reference", say, protocol, "full precision")
@@ -280,6 +281,7 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
                 "arm": arm,
                 "metric": metric,
                 **spent,
+                "images": study.protocol.images,
                 "contexts": truth.worse[metric].shape[1],
             }
             row |= {
@@ -323,8 +325,8 @@ def table(found: dict[str, Any]) -> str:
             f" within 0.25 bit of {BITS:g} bits, a8: dB of PSNR to full precision, or FID. An arm is"
             f" {first['samples']} configurations of a design and {FLIPS} real swaps; measurements are what"
             " these took, beside the uniform references and the probes that every study has. Truth: the mean"
-            " of all layers' real swaps over contexts of their own draw, each on 128 fresh seeds; nothing"
-            " was chosen on it."
+            " of all layers' real swaps over contexts of their own draw, each on fresh seeds, as many as"
+            " a measurement has images; nothing was chosen on it."
         ),
         "",
         (
@@ -337,14 +339,15 @@ def table(found: dict[str, Any]) -> str:
         ),
         "",
         (
-            "| model | metric | arm | measurements | contexts | reliability, half, all | combined | predicted"
-            " | damages | combined - damages | direct swaps (layers), combined of these |"
+            "| model | metric | arm | measurements | images | contexts | reliability, half, all | combined |"
+            " predicted | damages | combined - damages | direct swaps (layers), combined of these |"
         ),
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in arms:
         lines.append(
-            f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} | {r['contexts']} |"
+            f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} |"
+            f" {r.get('images', IMAGES)} | {r['contexts']} |"
             f" {shown(r['half'])}, {shown(r['reliability'])} | {shown(r['combined'])} |"
             f" {shown(r['predicted'])} | {shown(r['damages'])} | {r['gain'][0]:+.2f} to {r['gain'][1]:+.2f} |"
             f" {shown(r['direct'])} ({r['swapped']}), {shown(r['combined_of_swapped'])} |"
@@ -408,16 +411,17 @@ def main() -> None:
     arguments.add_argument("--bank", type=Path, help="default: bank in the folder")
     arguments.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     arguments.add_argument("--contexts", type=int, default=CONTEXTS, help="of the truth")
+    arguments.add_argument("--images", type=int, default=IMAGES, help="a measurement; a study keeps its own")
     given = parsed(arguments)
     bank = given.bank or given.folder / "bank"
     for model in given.models:
         for part in given.parts:
             if part == "measure":
-                measure(given.folder, bank, model, given.arms)
+                measure(given.folder, bank, model, given.arms, given.images)
             elif part == "truth":
-                truth(given.folder, bank, model, given.contexts)
+                truth(given.folder, bank, model, given.contexts, given.images)
             elif part == "ceiling":
-                ceiling(given.folder, bank, model, given.arms)
+                ceiling(given.folder, bank, model, given.arms, given.images)
             elif part == "explain":
                 explain_arms(given.folder, model, given.arms)
     if "table" in given.parts:

@@ -1,10 +1,10 @@
 """What a search finds inside the formats of other programs: python benchmarks/targets.py PART ...
-[--folder DIR] [--models ...] [--targets ...]
+[--folder DIR] [--models ...] [--targets ...] [--blocks N]
 
 search     what the program over damages chooses of a target's formats within the bytes of its usual recipes,
            within 85 % of them, and at their quality (bytes lowered until the predicted damage is the
            recipe's)
-fresh      recipes and what was found on five blocks of 128 fresh seeds
+fresh      recipes and what was found on --blocks blocks (five by default) of 128 fresh seeds
 table      benchmarks/results/targets.json and targets.md
 
 A recipe is one format for all layers that the target quantizes, fitted to the weights alone, as these
@@ -113,14 +113,14 @@ def search(folder: Path, model: str, target: str) -> None:
     write(path, {k: c.to_dict() for k, c in found.items()})
 
 
-def fresh(folder: Path, model: str, target: str) -> list[dict[str, Any]]:
+def fresh(folder: Path, model: str, target: str, blocks: int) -> list[dict[str, Any]]:
     from aquabit.scheme import QuantConfig
 
     stored = read(folder / f"targets-{target}-{model}.json")
     with session_of(folder, model, target) as session:
         configs = {"full precision": session.space.full_precision()}
         configs |= {name: QuantConfig.from_dict(c) for name, c in stored.items()}
-        protocols = [replace(session.protocol.block(b), images=IMAGES) for b in FRESH]
+        protocols = [replace(session.protocol.block(b), images=IMAGES) for b in FRESH[:blocks]]
         values = measured_blocks(session, configs, protocols, METRICS)
         costs = {name: session.costs(c) for name, c in configs.items()}
         about_ = {"model": model, "target": target}
@@ -130,12 +130,18 @@ def fresh(folder: Path, model: str, target: str) -> list[dict[str, Any]]:
         ]
 
 
+def blocks_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many blocks each model was measured on."""
+    counts = {r["model"]: len(r["fid"]) for r in rows}
+    return ", ".join(f"{model} {count}" for model, count in counts.items())
+
+
 def text(found: dict[str, Any]) -> str:
     lines = [
         "# Inside the formats of other programs",
         "",
-        f"`{found['command']}` on {about(found['machine'])}. Activations as they are; five blocks of {IMAGES}"
-        " fresh seeds, 10 steps; 95 % intervals; differences are paired. A recipe is one format for all"
+        f"`{found['command']}` on {about(found['machine'])}. Activations as they are; blocks of {IMAGES}"
+        f" fresh seeds ({blocks_of(found['rows'])}), 10 steps; 95 % intervals; differences are paired. A recipe is one format for all"
         " layers that the target quantizes (layers whose rows its blocks do not divide take the largest that"
         " fits),"
         " fitted to the weights alone as these programs do it, with h output-aware; rounding is ours. Found:"
@@ -170,6 +176,7 @@ def main() -> None:
     made = parser(__doc__, ["search", "fresh", "table", "all"], folder="targets", models=MODELS)
     made.set_defaults(models=list(MODELS))
     made.add_argument("--targets", nargs="+", default=list(RECIPES), choices=RECIPES)
+    made.add_argument("--blocks", type=int, choices=range(2, len(FRESH) + 1), default=len(FRESH))
     given = parsed(made)
     parts = {"search", "fresh", "table"} if "all" in given.parts else set(given.parts)
     for target in given.targets:
@@ -178,7 +185,8 @@ def main() -> None:
                 search(given.folder, model, target)
             if "fresh" in parts:
                 write(
-                    given.folder / f"targets-rows-{target}-{model}.json", fresh(given.folder, model, target)
+                    given.folder / f"targets-rows-{target}-{model}.json",
+                    fresh(given.folder, model, target, given.blocks),
                 )
     if "table" in parts:
         new = [
