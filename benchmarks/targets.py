@@ -89,7 +89,7 @@ def search(folder: Path, model: str, target: str) -> None:
     from aquabit.choices import Choices
     from aquabit.sensitivity.damages import damages_of
 
-    path, found = folder / f"targets-{target}-{model}.json", {}
+    path, found = folder / f"targets-{target}-{model}.json", dict[str, Any]()
     with session_of(folder, model, target) as session:
         session.references(say)
         for recipe in RECIPES[target]:
@@ -141,7 +141,8 @@ def text(found: dict[str, Any]) -> str:
         "# Inside the formats of other programs",
         "",
         f"`{found['command']}` on {about(found['machine'])}. Activations as they are; blocks of {IMAGES}"
-        f" fresh seeds ({blocks_of(found['rows'])}), 10 steps; 95 % intervals; differences are paired. A recipe is one format for all"
+        f" fresh seeds ({blocks_of(found['rows'])}), 10 steps; 95 % intervals; differences are paired."
+        " A recipe is one format for all"
         " layers that the target quantizes (layers whose rows its blocks do not divide take the largest that"
         " fits),"
         " fitted to the weights alone as these programs do it, with h output-aware; rounding is ours. Found:"
