@@ -8,9 +8,11 @@ fits       CPU seconds a million weights of each kind of scheme on random layers
            their matrix products take; into the same files
 memory     what a calibrated fit of a wide layer takes at its peak, in copies of its H; into the same files
 wanted     what `run --fits wanted` leaves of the additive formats, and what the integer program loses by it
+packed     processor seconds of a measurement from decoded and from packed weights, in turns, one thread, and
+           how near the images are
 
 The first three take an hour on two cores, most of it fits and probes, and continue where they stopped; `fits`
-and `memory` take some minutes, and so does `wanted`, where nothing is fitted.
+and `memory` take some minutes, and so do `wanted` and `packed`, where little is fitted.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -33,6 +36,7 @@ from benchmarks.common import (
     difference,
     machine,
     measured_blocks,
+    open_study,
     parsed,
     parser,
     read,
@@ -48,6 +52,7 @@ SOURCES = ("probes", "gradients")
 SPACE = {"activations": [8]}
 FITTED = ("usq4", "usq4h", "usq4g64h", "vq4", "vq4h", "vq4ch", "aq2x6g8", "aq4x4g8")
 HELD, WIDE = ("usq4h", "vq4h", "aq2x6k"), 11520  # of the part memory
+MEASURED, MEASURED_IMAGES, ROUNDS = ["usq2", "usq4"], 32, 5  # of the part packed
 LAYERS = ((1152, 1152), (4608, 1152))  # DiT-XL/2's attention and first feed-forward layers
 
 
@@ -197,8 +202,6 @@ def wanted(folder: Path, model: str, bits: Sequence[float]) -> list[dict[str, An
 def memory() -> list[dict[str, Any]]:
     """Peak resident memory of fits of 64 rows, beyond what was there before, over the bytes of H."""
     import threading
-
-    import torch
 
     from aquabit.quant.weights import quantize_weight
 
@@ -377,6 +380,67 @@ def fits_table(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def packed(folder: Path, model: str) -> list[dict[str, Any]]:
+    """Seconds of the processor that decoded and packed measurements of a few images take, in turns; the
+    PSNR of each to full precision, and that of one to the other."""
+    from aquabit.measuring.session import uniform_references
+
+    space = {"schemes": MEASURED, "activations": [8]}
+    path, rows = folder / f"packed-{model}.db", list[dict[str, Any]]()
+    with open_study(path, model, folder / "bank", space, workers=1, images=MEASURED_IMAGES) as session:
+        evaluator, protocol = session.here, session.protocol
+        for config in uniform_references(session.space):
+            scheme = str(next(iter(config.layers.values())).weight)
+            if scheme not in MEASURED:
+                continue
+            seconds: dict[bool, list[float]] = {False: [], True: []}
+            psnr = dict[bool, float]()
+            for round_ in range(ROUNDS + 1):
+                for way, kept in seconds.items():
+                    begun = time.process_time()
+                    measurement, _ = evaluator.measure(config, protocol, way)
+                    if round_:  # the first fits, decodes and makes the images of full precision
+                        kept.append(time.process_time() - begun)
+                    psnr[way] = measurement.metrics["psnr"]
+            images = [evaluator.generate(config, protocol, way) for way in (False, True)]
+            apart = float(-10 * torch.log10((images[0] - images[1]).square().mean((1, 2, 3))).mean())
+            ratio = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
+            rows.append(
+                {
+                    "model": model,
+                    "scheme": scheme,
+                    "images": protocol.images,
+                    "decoded": float(np.median(seconds[False])),
+                    "packed": float(np.median(seconds[True])),
+                    "ratio": [float(np.quantile(ratio, q)) for q in (0.5, 0.25, 0.75)],
+                    "psnr": [psnr[False], psnr[True]],
+                    "apart": apart,
+                }
+            )
+            say(f"{model}, {scheme}", len(rows), len(MEASURED))
+    return rows
+
+
+def packed_table(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## A measurement from packed weights",
+        "",
+        f"{about(found['machine'])}. Made by `python benchmarks/cost.py packed`: processor seconds of a"
+        f" measurement, one thread, medians of {ROUNDS} rounds in turns, with quartiles of the ratio; placing"
+        " or packing the weights, and metrics, are in both. PSNR [dB] to full precision, and of one to the"
+        " other.",
+        "",
+        "| model | scheme, a8 | images | decoded, s | packed, s | ratio | PSNR decoded | packed | apart |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {r['model']} | {r['scheme']} | {r['images']} | {r['decoded']:.2f} | {r['packed']:.2f} |"
+        f" {spans(r['ratio'])} | {r['psnr'][0]:.2f} | {r['psnr'][1]:.2f} | {r['apart']:.1f} |"
+        for r in found["rows"]
+    ]
+
+
 def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# What an answer costs",
@@ -420,6 +484,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines += memory_table(results["memory"])
     if "wanted" in results:
         lines += wanted_table(results["wanted"])
+    if "packed" in results:
+        lines += packed_table(results["packed"])
     return "\n".join([*lines, ""])
 
 
@@ -431,7 +497,7 @@ def keep(part: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    made = parser(__doc__, ("damages", "fresh", "table", "fits", "memory", "wanted"), "cost-study")
+    made = parser(__doc__, ("damages", "fresh", "table", "fits", "memory", "wanted", "packed"), "cost-study")
     made.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     made.add_argument("--schemes", nargs="+", default=list(FITTED), help="of the part fits")
     given = parsed(made)
@@ -450,6 +516,9 @@ def main() -> None:
         keep("memory", memory())
     if "wanted" in given.parts:
         keep("wanted", [r for model in given.models for r in wanted(given.folder, model, given.bits)])
+    if "packed" in given.parts:
+        torch.set_num_threads(1)
+        keep("packed", [r for model in given.models for r in packed(given.folder, model)])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from aquabit.kernels import straight_through
+from aquabit.kernels.backends.decode import multiplies_integers
 from aquabit.kernels.dispatch import using
 from aquabit.measuring.output_errors import OutputErrors, StepErrors, stored
 from aquabit.measuring.sketches import Numbers, Sketches
@@ -49,6 +50,7 @@ from aquabit.quant.correction.statistics import Statistics
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.runtime import out_of_memory, reuse_memory, single_thread
 from aquabit.scheme import (
+    FP,
     Act,
     AquabitError,
     Calibration,
@@ -64,6 +66,7 @@ from aquabit.scheme import (
     output_rounding,
 )
 
+INTEGERS: frozenset[Rounding] = frozenset({8, 6, 4, "i8"})  # what activations are rounded to as integers
 PROBE_IMAGES, PROBE_SEED = 8, 700_000_001  # seeds that no measurement uses
 SKETCH = 256  # numbers that stand for the deviation of a few images
 THUMBNAILS = 16  # images of the grid that a measurement keeps
@@ -405,9 +408,18 @@ class Evaluator:
         finally:
             self.quantized.apply(QuantConfig(self.fingerprint, {}))
 
-    def measure(self, config: QuantConfig, protocol: Protocol, packed: bool = False) -> Measured:
+    def faster_packed(self, config: QuantConfig) -> bool:
+        """Whether images come sooner from packed weights: on a CPU that multiplies integers, where all
+        quantized layers round their inputs to integers. They are those of decoded weights but for sums'
+        last digits, which now and then take a value to the integer beside it."""
+        quantized = [c for c in config.layers.values() if c.weight != FP]
+        rounded = all(r in INTEGERS for c in quantized for r in act_parts(c.act))
+        return self.device == "cpu" and bool(quantized) and rounded and multiplies_integers()
+
+    def measure(self, config: QuantConfig, protocol: Protocol, packed: bool | None = None) -> Measured:
         """A measurement and a PNG of its first images; a failure is a measurement too, with its reason.
-        ``packed`` as for ``generate``."""
+        ``packed`` as for ``generate``; None: where that is faster."""
+        packed = self.faster_packed(config) if packed is None else packed and bool(config.layers)
         started = time.perf_counter()
         facts = environment(self.device) | {"weights": "packed" if packed else "decoded"}
         try:
@@ -417,7 +429,7 @@ class Evaluator:
                     self._make_full(protocol)
                 # full-precision images are made once per protocol, not per configuration
                 started = time.perf_counter()
-                first, row = self._take(quality, config, protocol, packed and bool(config.layers))
+                first, row = self._take(quality, config, protocol, packed)
                 metrics = quality.compute()
         # anything else (a full disk, say) is no property of the configuration
         except (NonFiniteImages, Uncorrectable, NonFiniteValues) as error:

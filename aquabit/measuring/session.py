@@ -88,11 +88,11 @@ class Session:
         progress: Progress = no_progress,
         protocols: Sequence[Protocol] | None = None,
         what: str = "measuring",
-        packed: bool = False,
+        packed: bool | None = None,
     ) -> int:
         """Measure what the study does not have yet, one transaction each; the number of new measurements.
-        ``packed``: as it runs in the end, from codes on the kernels; else with decoded weights, which is
-        quicker to set up."""
+        ``packed``: as it runs in the end, from codes on the kernels; else with decoded weights on
+        torch's own; None: whichever is faster (``Evaluator.faster_packed``)."""
         tasks: list[Measure] = []
         listed = {c.digest: c for c in configs}
         for protocol in protocols or [self.protocol]:

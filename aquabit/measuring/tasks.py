@@ -40,7 +40,7 @@ class Measure:
 
     config: QuantConfig
     protocol: MeasuringProtocol
-    packed: bool = False
+    packed: bool | None = None
 
     def run(self, evaluator: Evaluator) -> Measured:
         return evaluator.measure(self.config, self.protocol, self.packed)

@@ -26,8 +26,8 @@ FRESH_BLOCKS = (11, 12, 13, 14, 15)  # what is reported; block 1 belongs to vali
 
 
 def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> Front:
-    """Measure members, uniform baselines and full precision on fresh seeds; the winner and the uniform of its
-    size packed, as they run in the end."""
+    """Measure members, uniform baselines and full precision on fresh seeds; the winner and the uniform
+    of its size packed, as they run in the end."""
     session, costs, progress = search.session, search.costs, search.progress
     members = _members(search, winner)
     protocols = [session.protocol.block(b) for b in FRESH_BLOCKS]
@@ -36,7 +36,6 @@ def measure_front(search: Search, winner: QuantConfig, judgement: Judgement) -> 
     session.measure_full(protocols, "fresh seeds", progress)
     packed = list({c.digest: c for c in (winner, *([baseline] if baseline else []))}.values())
     session.measure(packed, "fresh", progress, protocols, "the winner on fresh seeds", packed=True)
-    # from decoded weights, which takes half the time and changes PSNR by little
     others = [*members, *uniforms, *(c for _, c in search.given)]
     session.measure(others, "fresh", progress, protocols, "the front on fresh seeds")
     latency = packed_latencies(session.here, members, progress, session.protocol)

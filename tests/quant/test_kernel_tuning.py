@@ -265,7 +265,7 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
     assert {t for t, _ in ran} == {1} and inline.quantized.layers[space.layers[0]].packed is None
     measured = inline.measure(config, protocol, packed=True)[0]
     assert measured.environment["weights"] == "packed" and dict(measured.metrics) == one[protocol.digest]
-    dense = inline.measure(config, protocol)[0]
+    dense = inline.measure(config, protocol, packed=False)[0]
     assert dense.environment["weights"] == "decoded" and dense.metrics["fid"] == pytest.approx(
         one[protocol.digest]["fid"], rel=1e-2
     )
@@ -280,6 +280,30 @@ def test_packed_measurements_do_not_depend_on_timings_or_workers(dit, tmp_path, 
         assert results(pool) == one
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_measured_packed_where_integers_meet_on_all_layers(dit, evaluator, monkeypatch, integers) -> None:
+    """By default; and a measurement that names a way takes it."""
+    from aquabit.measuring import evaluator as module
+
+    monkeypatch.setattr(module, "multiplies_integers", lambda: integers)
+    space = make_space(trace(dit), evaluator.fingerprint)
+    protocol = Protocol(images=4, steps=2, micro_batch=4)
+    rounded = space.uniform("usq3", act=8)
+    dense = rounded.with_layer(space.layers[0], "fp", 16)  # weights as they are: dense either way
+    some = rounded.with_layer(space.layers[0], "usq3", 16)
+    floats = rounded.with_layer(space.layers[0], "usq3", "f8")
+
+    def way(config, packed=None) -> str:
+        return evaluator.measure(config, protocol, packed)[0].environment["weights"]
+
+    assert [way(c) for c in (rounded, dense)] == ["packed" if integers else "decoded"] * 2
+    others = (some, floats, space.full_precision())
+    assert [way(c) for c in others] == ["decoded"] * 3
+    assert way(rounded, False) == "decoded" and way(some, True) == "packed"
+    both = [evaluator.measure(rounded, protocol, p)[0].metrics["psnr"] for p in (False, True)]
+    assert both[0] == pytest.approx(both[1], abs=0.3)
 
 
 def test_fitting_goes_on_after_a_packed_measurement(dit, tmp_path) -> None:

@@ -52,6 +52,12 @@ def decode_levels() -> list[str]:
     return list(_LEVELS)
 
 
+def multiplies_integers() -> bool:
+    """Whether activations of at most 8 bits meet codes as integers in one instruction here (VNNI): whole
+    models then run faster packed than dense (benchmarks/results/kernels.md)."""
+    return _LEVELS[:1] == ("avx512vnni",)
+
+
 def decode_refuses(
     weight: CodebookWeight | Arranged, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> str | None:
