@@ -5,10 +5,14 @@ search     what the program over damages chooses of a target's formats within th
            within 85 % of them, and at their quality (bytes lowered until the predicted damage is the
            recipe's)
 fresh      recipes and what was found on --blocks blocks (five by default) of 128 fresh seeds
+own        on the same seeds, each recipe as the target's own quantizer rounds it, where that is installed
 table      benchmarks/results/targets.json and targets.md
 
 A recipe is one format for all layers that the target quantizes, fitted to the weights alone, as these
 programs do it; with h the same output-aware. It continues where it stopped.
+
+The quantizers (benchmarks/own_rounding.py) come with: pip install 'aquabit[targets]' bitsandbytes, and for
+ModelOpt nvidia-modelopt.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import (
@@ -35,6 +41,7 @@ from benchmarks.common import (
     write,
     write_results,
 )
+from benchmarks.own_rounding import installed, own_rounding
 
 RECIPES: Mapping[str, Sequence[str]] = {  # a target's usual formats, those of 4 bits first
     "gguf": ("q4_0", "q8_0"),
@@ -47,6 +54,8 @@ MODELS = ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit")
 METRICS = ("psnr", "fid")
 FRESH = range(531, 536)  # blocks of seeds that nothing else uses
 IMAGES = 128
+OWN = "'s own rounding"
+FILES = {"fresh": "rows", "own": "own"}  # part -> how its files are called
 STEPS = 12  # halvings of the bytes that reach a recipe's quality
 SMALLER = 0.85  # of a recipe's bytes
 
@@ -130,10 +139,78 @@ def fresh(folder: Path, model: str, target: str, blocks: int) -> list[dict[str, 
         ]
 
 
+def own(folder: Path, model: str, target: str, blocks: int) -> list[dict[str, Any]]:
+    """Recipes as the target's own quantizer rounds them: the same layers, with what it decodes to in them;
+    none where it is not installed."""
+    from aquabit.scheme import QuantConfig, Scheme
+
+    by = installed(target)
+    if by is None:
+        say(f"{target}'s own quantizer is not installed", 1, 1)
+        return []
+    stored, rows = read(folder / f"targets-{target}-{model}.json"), []
+    with session_of(folder, model, target) as session:
+        here, about_ = session.here, {"model": model, "target": target}
+        protocols = [replace(session.protocol.block(b), images=IMAGES) for b in FRESH[:blocks]]
+        for recipe in RECIPES[target]:
+            config, scheme = QuantConfig.from_dict(stored[recipe]), Scheme.parse(recipe)
+            names = [name for name, choice in config.layers.items() if choice.weight == scheme]
+            weights = {n: own_rounding(target, scheme, here.quantized.full(n)) for n in names}
+            values: dict[str, list[float]] = {metric: [] for metric in METRICS}
+            for protocol in protocols:
+                full = here.full_precision(protocol)
+                here.quantized.apply(config)
+                for name, weight in weights.items():
+                    here.quantized.layers[name].set_dense_(weight, scheme)
+                made = [here.adapter.images(protocol, b) for b in here.adapter.batches(protocol)]
+                here.quantized.apply(session.space.full_precision())
+                quality = here.meter.quality(None)
+                quality.update(torch.cat(made), full, here.adapter.conditions(protocol))
+                found = quality.compute()
+                for metric in METRICS:
+                    values[metric].append(found[metric])
+            cost = session.costs(config)
+            size = {"bytes": cost.bytes, "bits": cost.bits_per_weight}
+            rows.append({**about_, "name": f"{recipe}, {target}{OWN}", "by": by, **size, **values})
+            say(rows[-1]["name"], 1, 1)
+    return rows
+
+
+def rounded_by(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The quantizers of the rows that others rounded."""
+    return ", ".join(dict.fromkeys(r["by"] for r in rows if "by" in r)) or "none was installed"
+
+
 def blocks_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many blocks each model was measured on."""
     counts = {r["model"]: len(r["fid"]) for r in rows}
     return ", ".join(f"{model} {count}" for model, count in counts.items())
+
+
+def recipe_of(name: str) -> str:
+    """The recipe that a row is compared with."""
+    if name.endswith(OWN):
+        return name.partition(",")[0]
+    return name.removeprefix("found, ").split("'")[0].split()[-1].removesuffix("h")
+
+
+def over_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], of: str) -> str:
+    """How much better a row is than its recipe, in the rounding that ``of`` names."""
+    name = recipe_of(row["name"]) + of
+    for base in rows:
+        if all(base[k] == row[k] for k in ("model", "target")) and base["name"] == name != row["name"]:
+            return spans(difference(row["psnr"], base["psnr"]), 1, "+")
+    return ""
+
+
+def rank(row: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where a row stands in the table: by target, model and recipe, the two roundings of one first."""
+    recipes, name = RECIPES[row["target"]], row["name"]
+    recipe = recipe_of(name)
+    place = recipes.index(recipe) if recipe in recipes else -1
+    first = (recipe, f"{recipe}, {row['target']}{OWN}")
+    order = first.index(name) if name in first else len(first)
+    return list(RECIPES).index(row["target"]), MODELS.index(row["model"]), place, order
 
 
 def text(found: dict[str, Any]) -> str:
@@ -145,61 +222,58 @@ def text(found: dict[str, Any]) -> str:
         " A recipe is one format for all"
         " layers that the target quantizes (layers whose rows its blocks do not divide take the largest that"
         " fits),"
-        " fitted to the weights alone as these programs do it, with h output-aware; rounding is ours. Found:"
+        " fitted to the weights alone as these programs do it, with h output-aware, in our rounding; and as"
+        f" the target's own quantizer rounds it ({rounded_by(found['rows'])}), bytes counted as ours. Found:"
         " the program over damages, of the target's formats alone; without a row at 85 % nothing so small can"
         " be had. FID is of 128 images in the features of"
         " the bundled classifier.",
         "",
-        "| target | model | configuration | bytes | bits | PSNR [dB] | FID | PSNR over the recipe |",
-        "|---|---|---|---|---|---|---|---|",
+        "| target | model | configuration | bytes | bits | PSNR [dB] | FID | PSNR over the recipe |"
+        " over the target's own rounding |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
         name = row["name"]
-        recipe = name.removeprefix("found, ").split("'")[0].split()[-1].removesuffix("h")
-        base = next(
-            (
-                r
-                for r in found["rows"]
-                if all(r[k] == row[k] for k in ("model", "target")) and r["name"] == recipe
-            ),
-            row,
-        )
-        over = "" if base is row else spans(difference(row["psnr"], base["psnr"]), 1, "+")
+        over = (over_row(row, found["rows"], of) for of in ("", f", {row['target']}{OWN}"))
         psnr = "" if name == "full precision" else spans(mean(row["psnr"]), 1)
         lines.append(
             f"| {row['target']} | `{row['model']}` | {name} | {row['bytes']:,.0f} | {row['bits']:.2f} |"
-            f" {psnr} | {spans(mean(row['fid']), 1)} | {over} |"
+            f" {psnr} | {spans(mean(row['fid']), 1)} | {' | '.join(over)} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def origin(row: Mapping[str, Any]) -> tuple[str, str, bool]:
+    """What a row was measured with."""
+    return row["target"], row["model"], "by" in row
+
+
 def main() -> None:
-    made = parser(__doc__, ["search", "fresh", "table", "all"], folder="targets", models=MODELS)
+    made = parser(__doc__, ["search", "fresh", "own", "table", "all"], folder="targets", models=MODELS)
     made.set_defaults(models=list(MODELS))
     made.add_argument("--targets", nargs="+", default=list(RECIPES), choices=RECIPES)
     made.add_argument("--blocks", type=int, choices=range(2, len(FRESH) + 1), default=len(FRESH))
     given = parsed(made)
-    parts = {"search", "fresh", "table"} if "all" in given.parts else set(given.parts)
+    parts = {"search", "fresh", "own", "table"} if "all" in given.parts else set(given.parts)
     for target in given.targets:
         for model in given.models:
             if "search" in parts:
                 search(given.folder, model, target)
-            if "fresh" in parts:
-                write(
-                    given.folder / f"targets-rows-{target}-{model}.json",
-                    fresh(given.folder, model, target, given.blocks),
-                )
+            for part, measure in (("fresh", fresh), ("own", own)):
+                if part in parts:
+                    path = given.folder / f"targets-{FILES[part]}-{target}-{model}.json"
+                    write(path, measure(given.folder, model, target, given.blocks))
     if "table" in parts:
         new = [
             row
             for target in given.targets
             for model in given.models
-            for row in read(given.folder / f"targets-rows-{target}-{model}.json", [])
+            for part in FILES.values()
+            for row in read(given.folder / f"targets-{part}-{target}-{model}.json", [])
         ]
-        done = {(r["target"], r["model"]) for r in new}
+        done = set(map(origin, new))
         old = read(RESULTS / "targets.json", {"rows": []})["rows"]
-        rows = new + [r for r in old if (r["target"], r["model"]) not in done]
-        rows.sort(key=lambda r: (list(RECIPES).index(r["target"]), MODELS.index(r["model"])))
+        rows = sorted(new + [r for r in old if origin(r) not in done], key=rank)
         each = {k: " ".join(dict.fromkeys(r[k] for r in rows)) for k in ("model", "target")}
         command = f"python benchmarks/targets.py all --models {each['model']} --targets {each['target']}"
         write_results("targets", command, {"rows": rows}, text)
