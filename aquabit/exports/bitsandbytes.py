@@ -1,4 +1,5 @@
-"""bitsandbytes: a model's folder with nf4 weights, quantized already, that diffusers loads with it.
+"""bitsandbytes: a model's folder with nf4 weights, quantized already, that diffusers and transformers load
+with it.
 
 Beside a layer's weight, two codes a byte, lie the scales of its blocks (``absmax``), the levels
 (``quant_map``) and what else is to be known, as JSON (``quant_state``); scales that are codes have scales
@@ -18,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from aquabit.exports.exported import Exported, lost_beside_weights
-from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, write_model
+from aquabit.exports.model_folder import (
+    check_model,
+    choices,
+    counted,
+    dense_tensors,
+    loader_of,
+    loading,
+    write_model,
+)
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.coded_scale import CodedScale, coded_values
 from aquabit.kernels.fixed_levels import table
@@ -26,6 +35,11 @@ from aquabit.scheme import AquabitError, Scheme
 
 METHOD = "bitsandbytes"
 KIND = "nf4"
+BY_HAND = "bitsandbytes.nn.Params4bit.from_prequantized makes each weight of its tensors"
+AS_STORED = (  # transformers 5.24, core_model_loading.py
+    "dense tensors are stored in the dtype that the model has here: beside nf4 transformers loads weights as"
+    " they are stored, and biases as it is asked"
+)
 STATE = f"quant_state.bitsandbytes__{KIND}"
 
 
@@ -54,13 +68,13 @@ def check(exported: Exported) -> None:
                 f"layer {name!r} cannot be {choice.weight}: {why}; leave it at fp, or search with --target"
                 " bitsandbytes"
             )
+    loader, dense = loader_of(exported.network), _dense(exported, found)
     kept: Any = getattr(exported.network, "_keep_in_fp32_modules", None) or ()
-    dense = _dense(exported, found)
-    for name in found:
-        cause = skipped_by(name, [*dense, *kept])
+    for name in found if loader != "none" else ():
+        cause = (skipped_by if loader == "diffusers" else ended_by)(name, [*dense, *kept])
         if cause is not None:
             raise AquabitError(
-                f"layer {name!r} cannot be {found[name].weight}: diffusers leaves it dense because {cause!r}"
+                f"layer {name!r} cannot be {found[name].weight}: {loader} leaves it dense because {cause!r}"
                 " stays so, by its name; let both be fp, or both nf4"
             )
 
@@ -79,17 +93,27 @@ def skipped_by(name: str, skipped: Iterable[str]) -> str | None:
     return next((entry for entry in skipped if entry in (name, last) or f"{entry}." in name), None)
 
 
+def ended_by(name: str, skipped: Iterable[str]) -> str | None:
+    """The entry by which transformers (5.24) leaves a layer dense: its name, or how that ends."""
+    return next((entry for entry in skipped if name.endswith(entry)), None)
+
+
 def write(exported: Exported, out: Path) -> list[str]:
     """Write the folder; what is lost or worth saying. It loads by ``from_pretrained`` of the model's class,
-    which asks for a GPU."""
+    for which diffusers asks for a GPU; a model of one's own by ``BY_HAND``."""
     found, first = choices(exported), exported.graph.graph.get("tied", {})
     tensors, modules = dense_tensors(exported.network, found), dict(exported.network.named_modules())
+    said = loading(exported.network, BY_HAND)
+    if loader_of(exported.network) == "transformers":
+        state = exported.network.state_dict()
+        tensors = {name: tensor.to(state[name].dtype) for name, tensor in tensors.items()}
+        said.append(AS_STORED)
     for name in found:
         place = first.get(name, name)
         dtype = modules[place].weight.dtype
         own = stored(exported.weights[place], dtype)
         tensors |= {f"{name}.{part}": tensor for part, tensor in own.items()}
-    said = [counted(exported, tensors), *lost_beside_weights(exported.config)]
+    said = [counted(exported, tensors), *said, *lost_beside_weights(exported.config)]
     nested = bool(found) and all(choice.weight.nested for choice in found.values())
     described = _described(_dense(exported, found), nested)
     write_model(exported, out, described, tensors, to=METHOD, said=said)

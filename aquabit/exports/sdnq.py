@@ -1,4 +1,4 @@
-"""SDNQ (sdnq 0.2, SD.Next's quantization): a model's folder that diffusers loads with it.
+"""SDNQ (sdnq 0.2, SD.Next's quantization): a model's folder that diffusers or transformers loads with it.
 
 A layer's weight holds codes, its scale, and what is added its zero_point, both float32: SDNQ computes code *
 scale + zero_point in float32, which is what ours decode to, bit for bit (a code of 8 bits times a float16
@@ -21,7 +21,15 @@ from torch import Tensor
 
 from aquabit.exports.bit_places import PLACES, pack
 from aquabit.exports.exported import Exported, lost_beside_weights
-from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, write_model
+from aquabit.exports.model_folder import (
+    check_model,
+    choices,
+    counted,
+    dense_tensors,
+    loader_of,
+    loading,
+    write_model,
+)
 from aquabit.kernels.codebook import CodebookWeight, Scale
 from aquabit.kernels.coded_scale import CodedScale
 from aquabit.scheme import AquabitError, Scheme
@@ -32,6 +40,7 @@ CLASSES = ("Linear", "Conv2d")  # SDNQ goes by the very name of a module's class
 ROUNDED = (
     "loaded at bfloat16, diffusers 0.42 rounds the scales first; at float32 and float16 weights are these"
 )
+BY_HAND = "sdnq.load_sdnq_model(DIR, model_cls=FUNCTION) loads it, where FUNCTION() makes the dense model"
 SCALES = {"e4m3": "float8_e4m3fn", "e8m0": "float8_e8m0fnu"}  # of scales that are codes
 
 
@@ -89,9 +98,12 @@ def check(exported: Exported) -> None:
     """Raise AquabitError for a layer that SDNQ cannot hold as it is."""
     check_model(exported, "SDNQ")
     modules = dict(exported.network.named_modules(remove_duplicate=False))
+    cast = _cast(exported.network)
     for name, choice in choices(exported).items():
         module = modules[name]
         found = form(choice.weight, tuple(module.weight.shape))
+        if isinstance(found, Form) and found.weights_dtype != "int8" and name in cast:
+            found = f"{type(exported.network).__name__} casts its inputs to the type of what is stored"
         if type(module).__name__ not in CLASSES:
             found = f"SDNQ takes {' and '.join(CLASSES)}, and it is a {type(module).__name__}"
         if isinstance(found, str):
@@ -101,9 +113,18 @@ def check(exported: Exported) -> None:
             )
 
 
+def _cast(network: Any) -> set[str]:
+    """Layers of a model of transformers that cast their inputs to the type of the weight's tensor, but for
+    int8, as T5 does before those that it keeps in float32 (modeling_t5.py, T5DenseActDense)."""
+    kept: Any = getattr(network, "_keep_in_fp32_modules", None) or ()
+    if loader_of(network) != "transformers":
+        return set()
+    return {name for name, _ in network.named_modules() if name.rpartition(".")[2] in kept}
+
+
 def write(exported: Exported, out: Path) -> list[str]:
     """Write the folder; what is lost or worth saying. It loads by ``from_pretrained`` of the model's class
-    where ``sdnq`` is installed."""
+    where ``sdnq`` is installed (transformers: imported), a model of one's own by ``BY_HAND``."""
     found = choices(exported)
     tensors = dense_tensors(exported.network, found)
     forms: dict[str, Form] = {}
@@ -114,7 +135,10 @@ def write(exported: Exported, out: Path) -> list[str]:
         assert isinstance(own, Form)
         forms[name] = own
         tensors |= {f"{name}.{part}": t for part, t in stored(weight, own).items()}
-    said = [counted(exported, tensors), ROUNDED, *lost_beside_weights(exported.config)]
+    network = exported.network
+    rounded = [ROUNDED] if loader_of(network) == "diffusers" else []
+    said = [counted(exported, tensors), *loading(network, BY_HAND), *rounded]
+    said += lost_beside_weights(exported.config)
     write_model(exported, out, _described(exported, forms), tensors, to=METHOD, said=said)
     return said
 

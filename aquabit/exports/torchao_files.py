@@ -1,4 +1,5 @@
-"""torchao (0.18): a model's folder with the tensors of its safetensors support, that diffusers loads with it.
+"""torchao (0.18): a model's folder with the tensors of its safetensors support, that diffusers and
+transformers load with it.
 
 A weight is one of torchao's tensor classes: its parts are tensors of the file (``LAYER._weight_qdata``, ...),
 its class and the rest are JSON in the file's header. All decode in float32 by code * scale, which is ours to
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 
 from aquabit.exports import torchao
 from aquabit.exports.exported import Exported, lost_beside_weights
-from aquabit.exports.model_folder import check_model, choices, counted, dense_tensors, write_model
+from aquabit.exports.model_folder import (
+    check_model,
+    choices,
+    counted,
+    dense_tensors,
+    loader_of,
+    loading,
+    write_model,
+)
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.coded_scale import CodedScale
 from aquabit.scheme import Act, AquabitError, Scheme
@@ -27,13 +36,17 @@ from aquabit.scheme import Act, AquabitError, Scheme
 METHOD = "torchao"
 KINDS = ("int", "fp8", "nvfp4")
 ROUNDED = "diffusers loads it at bfloat16, which rounds the scales, where torch_dtype does not say float32"
+BY_HAND = (
+    "unflatten_tensor_state_dict of torchao.prototype.safetensors makes a state_dict of the tensors, for"
+    " load_state_dict(..., assign=True) of the dense model"
+)
 PLAIN = json.dumps({"_type": "Tensor"})  # of a tensor that is no weight of torchao's
 
 
 def refusal(scheme: Scheme, module: nn.Module) -> str | None:
     """Why torchao cannot hold a layer's scheme, or None."""
     if not isinstance(module, nn.Linear):
-        return f"diffusers loads torchao's weights of Linear layers, and it is a {type(module).__name__}"
+        return f"torchao's weights are loaded into Linear layers alone, and it is a {type(module).__name__}"
     if scheme.kind == "mxfp4":
         return "torchao 0.18 runs mxfp4 with rounded inputs alone"
     if scheme.kind not in KINDS:
@@ -56,7 +69,8 @@ def check(exported: Exported) -> None:
 
 def write(exported: Exported, out: Path) -> list[str]:
     """Write the folder; what is lost or worth saying. It loads by ``from_pretrained`` of the model's class,
-    with ``torch_dtype=torch.float32``: torchao's default rounds scales to bfloat16."""
+    with ``torch_dtype=torch.float32``: diffusers' default rounds scales to bfloat16; a model of one's own by
+    ``BY_HAND``."""
     found, first = choices(exported), exported.graph.graph.get("tied", {})
     dense = dense_tensors(exported.network, found)
     tensors, about, forms = dict(dense), dict.fromkeys(dense, PLAIN), dict[str, Any]()
@@ -65,7 +79,10 @@ def write(exported: Exported, out: Path) -> list[str]:
         tensors |= {f"{name}._weight_{part}": tensor for part, tensor in own.parts.items()}
         about[f"{name}.weight"] = json.dumps(own.about())
         forms[name] = config(choice.weight, choice.act)
-    said = [counted(exported, tensors), ROUNDED, *lost_beside_weights(exported.config)]
+    network = exported.network
+    rounded = [ROUNDED] if loader_of(network) == "diffusers" else []
+    said = [counted(exported, tensors), *loading(network, BY_HAND), *rounded]
+    said += lost_beside_weights(exported.config)
     if any(choice.act == "i8" for choice in found.values()):
         said.append(torchao.SCALES)
     described = {
@@ -74,7 +91,9 @@ def write(exported: Exported, out: Path) -> list[str]:
         "modules_to_not_convert": None,
         "quant_type_kwargs": {},
     }
-    metadata = {**about, "tensor_names": json.dumps(list(about))}
+    # torchao 0.18 stops at the name of a tensor of the whole network, which only diffusers leaves out for it
+    listed = [name for name in about if "." in name or loader_of(network) == "diffusers"]
+    metadata = {**about, "tensor_names": json.dumps(listed)}
     write_model(exported, out, described, tensors, to=METHOD, said=said, metadata=metadata)
     return said
 

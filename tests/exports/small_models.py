@@ -99,11 +99,11 @@ def case(
     return Case(Exported(net, config, graph, weights), decoded, again)
 
 
-def refused(check: Callable[[Exported], None], net: Any, layer: str, scheme: str) -> str:
+def refused(check: Callable[[Exported], None], net: Any, layer: str, scheme: str, graph: Any = None) -> str:
     """What ``check`` says of one layer with a scheme, before anything is fitted; "" where nothing."""
     config = QuantConfig(fingerprint(net), {layer: LayerChoice(Scheme.parse(scheme))})
     try:
-        check(Exported(net, config, trace(net)))
+        check(Exported(net, config, trace(net) if graph is None else graph))
     except AquabitError as error:
         return str(error)
     return ""

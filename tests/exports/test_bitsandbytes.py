@@ -55,6 +55,15 @@ def decoded(net: nn.Module, name: str) -> torch.Tensor:
     return found
 
 
+def in_float32_(net: nn.Module) -> None:
+    """Without its way on CPUs of bfloat16, which rounds, and stops at outputs that are not 32, 64, ..."""
+    import bitsandbytes as bnb
+
+    for module in net.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 @pytest.mark.usefixtures("without_gpu")
 def test_what_it_decodes_is_our_weight(made: Case, tmp_path: Path) -> None:
     import bitsandbytes as bnb
@@ -68,10 +77,7 @@ def test_what_it_decodes_is_our_weight(made: Case, tmp_path: Path) -> None:
         assert found.dtype == torch.float32 and torch.equal(found, weight), made.exported.config[name]
     quantized = {n for n, m in net.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert quantized == set(made.decoded)
-    for (
-        name
-    ) in quantized:  # its way on CPUs of bfloat16 rounds, and stops at outputs that are not 32, 64, ...
-        net.get_submodule(name).support_avx512bf16_for_cpu = False
+    in_float32_(net)
     torch.testing.assert_close(output(net), output(made.reference), rtol=0, atol=1e-5)
 
 

@@ -162,7 +162,7 @@ def test_its_configuration_reads_what_is_said_of_a_layer(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("build", "layer", "scheme", "why"),
     [
-        (small_unet, "conv_in", "int8", "weights of Linear layers, and it is a Conv2d"),
+        (small_unet, "conv_in", "int8", "loaded into Linear layers alone, and it is a Conv2d"),
         (small_dit, "proj_out_1", "mxfp4", "runs mxfp4 with rounded inputs alone"),
         (small_dit, "proj_out_1", "usq4g32", "hold int2 to int8, fp8 and nvfp4"),
         (small_dit, "proj_out_1", "int4g32", ""),
