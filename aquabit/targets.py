@@ -192,9 +192,9 @@ def _torchao(scheme: Scheme, node: Node) -> str | None:
 
 def _modelopt(scheme: Scheme, node: Node) -> str | None:
     """Source: nvidia-modelopt 0.47.0, torch/quantization/nn (Linear and Conv2d are quantized) and
-    nn/modules/tensor_quantizer.py: what is stored compressed is int4 in blocks, int8, fp8, nvfp4 and mxfp4;
-    blocks are of the last axis, which of a convolution is the kernel's width, so that it has none."""
-    why = _forms("ModelOpt", scheme, ["int4", "int8", "fp8", "nvfp4", "mxfp4"])
+    nn/modules/tensor_quantizer.py: what is stored compressed is int4 in blocks, int8, fp8, nvfp4, mxfp4 and
+    mxfp8; blocks are of the last axis, which of a convolution is the kernel's width, so that it has none."""
+    why = _forms("ModelOpt", scheme, ["int4", "int8", "fp8", "nvfp4", "mxfp4", "mxfp8"])
     if why is None and scheme.kind == "int" and (scheme.bits == 4) != (scheme.group is not None):
         why = "ModelOpt stores int4 in blocks and int8 per channel"
     if why is None and node["kind"] != "linear" and scheme.group is not None:
@@ -287,7 +287,10 @@ TORCHAO = Target(
     _torchao_pairs,
 )
 MODELOPT = Target(
-    "modelopt", ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "fp8h"), _modelopt, (16, "i8", "f8")
+    "modelopt",
+    ("int4g32h", "int4g128h", "nvfp4h", "mxfp4h", "int8h", "mxfp8h", "fp8h"),
+    _modelopt,
+    (16, "i8", "f8"),
 )
 COMFY = Target(
     "comfy",

@@ -15,7 +15,7 @@ from torch import nn
 
 from aquabit.budget import OTHERS
 from aquabit.exports import WRITERS, check_known
-from aquabit.exports.exported import Exported, check_activations, check_one_network
+from aquabit.exports.exported import Exported, check_activations, check_layers, each_network, place_of
 from aquabit.files import check_apart, write_bytes
 from aquabit.graph import LayerGraph
 from aquabit.jsonio import write_json
@@ -672,23 +672,35 @@ def export_files(
     progress: Progress = no_progress,
 ) -> list[str]:
     """Write a model as a program of ``exports.WRITERS`` reads it, with the weights that ``quantize`` would
-    pack; what is lost or worth saying, a sentence each.
+    pack; what is lost or worth saying, a sentence each. Of several components that were quantized together
+    (``load(..., component=...)``) each is written by itself: ``out/NAME`` where the program reads folders,
+    else beside each other, as ``STEM-NAME.ENDING``.
 
-    Raises AquabitError, before anything is fitted, for an unknown program, a configuration of another model
-    or of several networks, what the program cannot hold, and a place that the model is read from.
+    Raises AquabitError, before anything is fitted, for an unknown program, a configuration of another model,
+    what the program cannot hold, and a place that the model is read from or that holds something else.
     """
     check_known(to)
     if to not in WRITERS:
         raise AquabitError(f"{to} gets a configuration, not files with weights; use exports.export_config")
     for source in sources_of(pipe):
         check_apart(out, source)
-    if Path(out).exists() and not WRITERS[to].may_replace(Path(out)):
-        raise AquabitError(f"{out} is there already and is none of aquabit's for {to}; choose another name")
+    writer = WRITERS[to]
 
     def check(network: nn.Module, graph: LayerGraph) -> None:
-        check_one_network(config, graph, to)
+        check_layers(config, graph)
         check_activations(config, TARGETS[to].beside)
-        WRITERS[to].check(Exported(network, config, graph))
+        for part, one in each_network(Exported(network, config, graph)).items():
+            place = place_of(out, part, folder=writer.folder)
+            if place.exists() and not writer.may_replace(place):
+                raise AquabitError(
+                    f"{place} is there already and is none of aquabit's for {to}; choose another name"
+                )
+            writer.check(one)
 
     found = coded(pipe, config, check=check, bank=bank, device=device, progress=progress)
-    return WRITERS[to].write(Exported(found.network, config, found.graph, found.weights), Path(out))
+    whole, said = Exported(found.network, config, found.graph, found.weights), list[str]()
+    for part, one in each_network(whole).items():
+        place = place_of(out, part, folder=writer.folder)
+        before = f"{place}: " if part else ""
+        said += [before + sentence for sentence in writer.write(one, place)]
+    return said

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from aquabit.cli.app import app
@@ -15,6 +16,7 @@ from aquabit.exports import RECIPES, Export, export_config
 from aquabit.graph import layers, meta_denoiser, trace
 from aquabit.pipelines import load
 from aquabit.quant.model import fingerprint
+from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import LayerChoice, QuantConfig, Rounding, Scheme, StepGroups
 from aquabit.space import make_space
 from tests.families import DIGITS_DIT, DIGITS_UNET
@@ -214,6 +216,15 @@ def test_what_modelopt_has_is_exported_as_it_is(scheme: str, form: dict[str, Any
     assert weight["cfg"] == form and found.layers[FF].status == "same"
     assert one(DIT, "modelopt", FF, f"{scheme}h").layers[FF].lost == ("output-aware fit",)
     assert one(DIT, "quanto", FF, "int8").layers[FF].status == "same"
+
+
+@pytest.mark.slow
+def test_modelopt_stores_what_our_mxfp8_is() -> None:
+    qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor", reason="ModelOpt is not installed")
+    full = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    weight = quantize_weight(full, "mxfp8").dequantize()
+    stored, scale = qtensor.MXFP8QTensor.quantize(weight)
+    assert torch.equal(stored.dequantize(torch.float32, scale=scale), weight)
 
 
 def test_a_convolution_in_groups_of_floats_is_none_of_modelopts() -> None:

@@ -85,6 +85,8 @@ def test_a_large_linear_layer_holds_every_scheme_of_its_target(target: str) -> N
         ("modelopt", "fp8", CONV, None),
         ("modelopt", "int4g32", CONV, "no blocks of input channels"),
         ("modelopt", "nvfp4", CONV, "no blocks of input channels"),
+        ("modelopt", "mxfp8", LINEAR, None),
+        ("modelopt", "mxfp8", CONV, "no blocks of input channels"),
         ("modelopt", "int4", LINEAR, "int4 in blocks"),
         ("modelopt", "int8g32", LINEAR, "int8 per channel"),
         ("modelopt", "int3g32", LINEAR, "has no int3g32"),

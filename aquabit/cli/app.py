@@ -454,7 +454,8 @@ def export(
             "--out",
             help=(
                 "JSON file: the library's configuration, and what it cannot express; or the files with"
-                " weights that the program reads."
+                " weights that the program reads; of several components one each, as DIR/NAME or"
+                " STEM-NAME.gguf."
             ),
         ),
     ],
@@ -465,6 +466,7 @@ def export(
     """A configuration for another library, or files with weights for another program, with what is lost on
     the way."""
     from aquabit.exports import check_known, export_config, with_weights
+    from aquabit.exports.exported import Exported, check_layers, each_network, place_of
     from aquabit.pipelines import load, network_of, trace
     from aquabit.quant.model import check_fingerprint
 
@@ -481,11 +483,17 @@ def export(
         return
     groups.check_idle(context, True, f"with --to {to}, which fits the weights itself", "device", "bank")
     pipe = load(reference)
-    check_fingerprint(chosen, network_of(pipe))
-    found = export_config(chosen, trace(pipe), to)
-    write_text(out, found.to_json())
-    if not emit(found.to_dict()["statement"], json_):
-        tables.show_export(found, out)
+    network, graph = network_of(pipe), trace(pipe)
+    check_fingerprint(chosen, network)
+    check_layers(chosen, graph)
+    each = each_network(Exported(network, chosen, graph))
+    found = {part: export_config(one.config, one.graph, to) for part, one in each.items()}
+    for part, recipe in found.items():
+        write_text(place_of(out, part, folder=False), recipe.to_json())
+    statements = {part: recipe.to_dict()["statement"] for part, recipe in found.items()}
+    if not emit(statements.get("", statements), json_):
+        for part, recipe in found.items():
+            tables.show_export(recipe, place_of(out, part, folder=False))
 
 
 @verb

@@ -247,7 +247,8 @@ def _size(path: Path) -> int:
 
 def show_files(said: list[str], path: Path) -> None:
     """What was written for another program, and what is to be said of it."""
-    for sentence in (f"{path}: {_size(path):,} bytes", *said):
+    size = [f"{path}: {_size(path):,} bytes"] if path.exists() else []  # several files have other names
+    for sentence in (*size, *said):
         console.print(plain(sentence), highlight=False, soft_wrap=True)
 
 

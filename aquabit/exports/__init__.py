@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aquabit.exports import modelopt, quanto, torchao
-from aquabit.exports.exported import check_one_network
+from aquabit.exports.exported import check_layers
 from aquabit.exports.files import WRITERS
 from aquabit.exports.statement import (
     Export,
@@ -70,7 +70,12 @@ def export_config(config: QuantConfig, graph: LayerGraph, to: str) -> Export:
     check_known(to)
     if to not in RECIPES:
         raise AquabitError(f"{to} gets files with weights, not a configuration; use workflows.export_files")
-    check_one_network(config, graph, to)
+    if "parts" in graph.graph:
+        raise AquabitError(
+            f"{to} configures one network, and {', '.join(graph.graph['parts'])} are quantized together; give"
+            " one of exports.exported.each_network"
+        )
+    check_layers(config, graph)
     nodes = layers(graph)
     recipe = RECIPES[to]
     forms: dict[str, Any] = {}

@@ -1,15 +1,20 @@
-"""What a writer of files gets: a dense denoiser, a configuration of it, and its weights as codes."""
+"""What a writer of files gets: a dense network, a configuration of it, and its weights as codes; of several
+networks that are quantized together, those of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import networkx as nx
 from torch import nn
 
 from aquabit.graph import LayerGraph, layers
 from aquabit.kernels.codebook import CodebookWeight
-from aquabit.scheme import AquabitError, QuantConfig, Rounding, Scheme, act_parts, act_text
+from aquabit.parts import own_names, parts_of
+from aquabit.quant.model import fingerprint
+from aquabit.scheme import FP, AquabitError, QuantConfig, Rounding, Scheme, act_parts, act_text
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,45 @@ class Exported:
     weights: Mapping[str, CodebookWeight] = field(default_factory=dict)
 
 
-def check_one_network(config: QuantConfig, graph: LayerGraph, to: str) -> None:
-    """Raise AquabitError for a graph of several networks, and for layers that are not in it."""
-    if "parts" in graph.graph:
-        raise AquabitError(
-            f"{to} configures one network, and {', '.join(graph.graph['parts'])} are quantized together; give"
-            " a configuration of one component"
-        )
+def each_network(exported: Exported) -> dict[str, Exported]:
+    """The networks of which something is quantized, each with its part of everything under its own names, by
+    the components' names; a network that is alone is itself, under the name ""."""
+    parts = parts_of(exported.network)
+    if set(parts) == {""}:
+        return {"": exported}
+    found = {part: _part(exported, part, network) for part, network in parts.items()}
+    coded = {k: one for k, one in found.items() if any(c.weight != FP for c in one.config.layers.values())}
+    return coded or found
+
+
+def _part(exported: Exported, part: str, network: nn.Module) -> Exported:
+    """One network of several."""
+    config, whole = exported.config, exported.graph
+    own = own_names(part, whole.nodes)
+    graph = nx.relabel_nodes(whole.subgraph(own), own)
+    kinds = dict(zip(parts_of(exported.network), whole.graph["model_class"].split("+"), strict=True))
+    graph.graph = {"model_class": kinds[part]}
+    for key in ("uncalled", "unread"):
+        graph.graph[key] = [own[name] for name in whole.graph.get(key, ()) if name in own]
+    tied = own_names(part, whole.graph.get("tied", {}))
+    graph.graph["tied"] = {place: own[whole.graph["tied"][name]] for name, place in tied.items()}
+    chosen = {own[name]: choice for name, choice in config.layers.items() if name in own}
+    alone = replace(config, fingerprint=fingerprint(network), layers=chosen)
+    weights = {own[name]: weight for name, weight in exported.weights.items() if name in own}
+    return Exported(network, alone, graph, weights)
+
+
+def place_of(out: str | Path, part: str, *, folder: bool) -> Path:
+    """Where a network of several is written: into a folder under its name, of files beside each other with
+    its name before the ending."""
+    path = Path(out)
+    if not part:
+        return path
+    return path / part if folder else path.with_name(f"{path.stem}-{part}{path.suffix}")
+
+
+def check_layers(config: QuantConfig, graph: LayerGraph) -> None:
+    """Raise AquabitError for layers of a configuration that are not in a graph."""
     nodes = layers(graph)
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:

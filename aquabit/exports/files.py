@@ -23,16 +23,17 @@ class Writer(NamedTuple):
     """``write`` makes the file or folder, whole or not at all, never over somebody's, and returns what is
     lost or worth saying, a sentence each. ``check`` raises AquabitError where the program cannot hold what
     is to be written, before anything is fitted; ``Exported.weights`` is empty then. ``may_replace``: whether
-    what is there already is one of ours, and may be written over."""
+    what is there already is one of ours, and may be written over. ``folder``: what it makes is one."""
 
     write: Callable[[Exported, Path], list[str]]
     check: Callable[[Exported], None]
     may_replace: Callable[[Path], bool] = lambda _: False
+    folder: bool = False
 
 
 def _folders(program: ModuleType) -> Writer:
     """A program that reads folders as diffusers has them."""
-    return Writer(program.write, program.check, partial(is_ours, to=program.METHOD))
+    return Writer(program.write, program.check, partial(is_ours, to=program.METHOD), folder=True)
 
 
 WRITERS: dict[str, Writer] = {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from aquabit.exports.stored_folder import StoredFolder, one_network
+from aquabit.exports.stored_folder import StoredFolder, check_shape, one_network
 from aquabit.graph import LayerGraph, fixed_layers
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 
@@ -21,7 +21,8 @@ def read(folder: StoredFolder, graph: LayerGraph, fingerprint: str) -> QuantConf
     of their bits and groups, ``usq`` where ranges are asymmetric; Linear layers alone, as diffusers has it;
     activations off.
 
-    Raises AquabitError for what no scheme here is.
+    Raises AquabitError for what no scheme here is, for weights beside it that are another model's, and for
+    one that names layers, of which the model has none.
     """
     nodes, fixed = one_network(graph, folder.path), fixed_layers(graph)
     kept = folder.described.get("modules_to_not_convert") or []
@@ -30,13 +31,39 @@ def read(folder: StoredFolder, graph: LayerGraph, fingerprint: str) -> QuantConf
             f"{folder.path}: modules_to_not_convert is {kept!r:.60}; it must be a list of names"
         )
     rules = _rules(folder)
+    _check_named(folder, rules, nodes)
     found = {}
     for name, node in nodes.items():
+        if folder.files:
+            _check_weight(folder, name, tuple(node["shape"]))
         skipped = any(f"{entry}." in f"{name}.weight" or entry == f"{name}.weight" for entry in kept)
         dense = name in fixed or node["kind"] != "linear" or skipped
         asked = None if dense else _asked(rules, name)
         found[name] = LayerChoice(FP if asked is None else _scheme(asked, f"{folder.path}: {name}"), 16)
     return QuantConfig(fingerprint, found)
+
+
+def _check_named(folder: StoredFolder, rules: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:
+    """Raise AquabitError where every layer that is named is another model's."""
+    named = [name for name in rules if name != DEFAULT and not name.startswith("re:")]
+    if named and len(named) == len(rules) and not any(n.removesuffix(".weight") in nodes for n in named):
+        raise AquabitError(
+            f"{folder.path} is of another model: this one has none of the {len(named)} layers that it names,"
+            f" as {named[0]!r:.80}"
+        )
+
+
+def _check_weight(folder: StoredFolder, name: str, shape: tuple[int, ...]) -> None:
+    """Raise AquabitError where a layer's weight, as it is or as torchao's codes, is missing or of another
+    shape; codes of 4 bits may lie two a byte."""
+    codes, packed = f"{name}._weight_qdata", (*shape[:-1], shape[-1] // 2)
+    if codes not in folder.files:
+        check_shape(folder, f"{name}.weight", shape)
+    elif folder.shape(codes) not in (shape, packed):
+        raise AquabitError(
+            f"{folder.path} is no folder of this model: {codes} is {list(folder.shape(codes))} there, the"
+            f" weight {list(shape)}"
+        )
 
 
 def _rules(folder: StoredFolder) -> dict[str, Any]:

@@ -247,6 +247,38 @@ def test_damaged_folders(folder: tuple[Path, Any], change: Any, said: str | None
         read_others(path, graph, "f")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{Q}._weight_qdata"), f"lacks '{Q}.weight'"),
+        (lambda t: t.update({f"{Q}._weight_qdata": torch.zeros(4, 4)}), "is .4, 4. there, the weight .128"),
+        (lambda t: t.update({"proj_out_1.weight": torch.zeros(4, 4)}), "F32 .4, 4. there, F64 or"),
+    ],
+)
+def test_weights_of_another_model_beside_torchaos_configuration(
+    change: Callable[[Any], Any], said: str, tmp_path: Path
+) -> None:
+    made = made_of(small_dit, lambda i, name, _: "fp" if name == "proj_out_1" else "int4g32")
+    torchao_files.write(made.exported, tmp_path / "out")
+    assert read_others(tmp_path / "out", made.exported.graph, "f") is not None
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / "out" / WEIGHTS)
+    with pytest.raises(AquabitError, match=said):
+        read_others(tmp_path / "out", made.exported.graph, "f")
+
+
+def test_a_torchao_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
+    made, other = (made_of(build, test_torchao_files.linear) for build in (small_unet, small_dit))
+    torchao_files.write(made.exported, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (tmp_path / "q.json").write_text(json.dumps(said))
+    assert read_others(tmp_path / "q.json", made.exported.graph, "f") is not None
+    for place in (tmp_path / "q.json", tmp_path / "out"):
+        with pytest.raises(AquabitError, match="is of another model: this one has none of the"):
+            read_others(place, other.exported.graph, "f")
+
+
 def test_a_truncated_file(folder: tuple[Path, Any]) -> None:
     path, graph = folder
     data = (path / WEIGHTS).read_bytes()

@@ -171,10 +171,10 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
 )
 def test_what_it_cannot_hold_is_refused(build: Callable[[], Any], layer: str, scheme: str, why: str) -> None:
     if layer == "conv_norm_out":
-        from aquabit.exports.exported import check_one_network
+        from aquabit.exports.exported import check_layers
 
         def checked(exported: Any) -> None:
-            check_one_network(exported.config, exported.graph, "sdnq")
+            check_layers(exported.config, exported.graph)
 
         assert why in refused(checked, build(), layer, scheme)
         return
