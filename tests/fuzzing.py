@@ -609,6 +609,8 @@ def folder_of_others() -> Target:
 
     def made(random: Random) -> tuple[bytes, bytes]:
         config, tensors = random.choice(folders)
+        if random.random() < 0.1:
+            return config, random.choice(folders)[1]  # another program's weights
         if random.random() < 0.5:
             return file_text(mutated(json.loads(config), random), random), tensors
         return config, tensor_file(tensors, random)

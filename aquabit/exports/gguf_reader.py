@@ -46,7 +46,7 @@ def read_weights(path: str | Path, graph: LayerGraph) -> Iterator[tuple[str, Ten
         from gguf.quants import dequantize
     except ImportError:
         raise AquabitError(
-            f"{path} is decoded by the package gguf; install it: pip install 'aquabit[gguf]'"
+            f"{path} is decoded by the package gguf; install or update it: pip install -U 'aquabit[gguf]'"
         ) from None
     file, nodes = read_file(path), layers(graph)
     parts = _parts(file, graph)

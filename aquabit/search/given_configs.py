@@ -21,13 +21,32 @@ def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
     alone stay ``fp``; activations are left off. Raises AquabitError for anything else, and for a file of
     another model.
     """
+    _check_kind(Path(path))
     value = read_json(path)
+    if isinstance(value, dict) and "statement" in value and value.get("to") != "modelopt":
+        raise AquabitError(
+            f"{path} is a recipe for {value.get('to')!r:.40}, as `aquabit export` writes it; give the"
+            " config.json that it was made of"
+        )
     inner = value.get("config", value) if isinstance(value, dict) else None
     if isinstance(inner, dict) and "quant_cfg" in inner:
         return _of_modelopt(inner["quant_cfg"], space, str(path))
     config = QuantConfig.from_dict(value, str(path))
     space.check(config, extra_schemes=True)
     return config
+
+
+def _check_kind(path: Path) -> None:
+    """Raise AquabitError for what is no JSON and, by what it is, nothing of another program either."""
+    why = None
+    if path.is_dir():
+        why = "is a folder of no model that another program quantized; give its config.json, if it is ours"
+    elif path.is_file() and path.suffix == ".gguf":
+        why = "is no GGUF file: it does not begin as these do"
+    elif path.is_file() and path.suffix == ".safetensors":
+        why = "is no quantized file of ComfyUI: it says of no layer how it is stored, and has no 8-bit floats"
+    if why is not None:
+        raise AquabitError(f"{path} {why}")
 
 
 def within_space(config: QuantConfig, space: SearchSpace) -> QuantConfig:
@@ -47,6 +66,13 @@ def _of_modelopt(rules: Any, space: SearchSpace, source: str) -> QuantConfig:
             if fnmatch.fnmatchcase(f"{layer}.{WEIGHT}", pattern):
                 scheme = _scheme(cfg, f"{source}: {pattern}")
         choices[layer] = LayerChoice(FP if row == (FP,) else scheme, 16)
+    named = [k for k, cfg in entries if k.endswith(WEIGHT) and cfg.get("enable") is not False]
+    every = [f"{layer}.{WEIGHT}" for layer in space.choices]
+    if named and not any(fnmatch.filter(every, pattern) for pattern in named):
+        raise AquabitError(
+            f"{source} is of another model: of the {len(named)} weights that it quantizes, as"
+            f" {named[0]!r:.80}, this one has none"
+        )
     return space.config(choices)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import networkx as nx
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from aquabit.exports import export_config
 from aquabit.scheme import FP, AquabitError, Calibration, LayerChoice, QuantConfig, Scheme
@@ -186,3 +188,36 @@ def test_files_of_another_model_and_files_that_are_not_there(tmp_path: Path, spa
         read(tmp_path, space, QuantConfig("print", {"tail": LayerChoice(Scheme.parse("usq4"), 8)}).to_json())
     with pytest.raises(AquabitError, match="cannot read"):
         read_given(tmp_path / "nothing.json", space)
+
+
+def test_what_is_no_json_by_its_kind_is_named(tmp_path: Path, space: SearchSpace) -> None:
+    (tmp_path / "net.gguf").write_bytes(b"GGML")
+    save_file({"a": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    for name, said in (
+        ("net.gguf", "is no GGUF file: it does not begin as these do"),
+        ("lora.safetensors", "is no quantized file of ComfyUI"),
+        (".", "is a folder of no model that another program quantized"),
+    ):
+        with pytest.raises(AquabitError, match=said):
+            read_given(tmp_path / name, space)
+
+
+@pytest.mark.parametrize("to", ["torchao", "quanto"])
+def test_a_recipe_that_is_no_rival_says_what_is(
+    to: str, tmp_path: Path, graph: nx.DiGraph, space: SearchSpace
+) -> None:
+    for node in graph.nodes.values():
+        node["kind"] = "linear" if len(node["shape"]) == 2 else "conv"
+    recipe = export_config(space.uniform("usq4"), graph, to)
+    with pytest.raises(AquabitError, match=f"is a recipe for '{to}', as .* give the config.json"):
+        read(tmp_path, space, recipe.to_json())
+
+
+def test_modelopts_recipe_of_another_model_is_refused(tmp_path: Path, space: SearchSpace) -> None:
+    off = {"quantizer_name": "*", "enable": False}
+    one = {"quantizer_name": "elsewhere.0.weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}}
+    with pytest.raises(AquabitError, match="is of another model: of the 1 weights that it quantizes"):
+        read(tmp_path, space, {"quant_cfg": [off, one], "algorithm": "max"})
+    assert set(weights(read(tmp_path, space, {"quant_cfg": [off]})).values()) == {"fp"}
+    own = {**one, "quantizer_name": "blocks.0.ff.weight_quantizer"}
+    assert weights(read(tmp_path, space, {"quant_cfg": [off, one, own]}))["blocks.0.ff"] == "int8"
