@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -244,7 +245,18 @@ class _Reader:
                     f"tensor {_short(name)} ends at byte {one.place + one.nbytes:,}, and the file has"
                     f" {self.size:,}: it is cut off"
                 )
+        self._check_apart(placed)
         return GGUFFile(self.path, named, placed)
+
+    def _check_apart(self, placed: Mapping[str, Stored]) -> None:
+        """Raise AquabitError for tensors that lie in each other's bytes, as ggml writes and reads none."""
+        rows = sorted((one.place, one.place + one.nbytes, name) for name, one in placed.items() if one.nbytes)
+        for (_, end, before), (begin, _, name) in pairwise(rows):
+            if begin < end:
+                raise self._wrong(
+                    f"tensor {_short(name)} begins at byte {begin:,}, within {_short(before)}, which ends at"
+                    f" {end:,}"
+                )
 
     def _tensor(self, name: str, alignment: int) -> Stored:
         dimensions = self._number("I")

@@ -40,6 +40,7 @@ CLASSES = ("Linear", "Conv2d")  # SDNQ goes by the very name of a module's class
 ROUNDED = (
     "loaded at bfloat16, diffusers 0.42 rounds the scales first; at float32 and float16 weights are these"
 )
+IMPORTED = "import sdnq first, by which transformers knows it"
 BY_HAND = "sdnq.load_sdnq_model(DIR, model_cls=FUNCTION) loads it, where FUNCTION() makes the dense model"
 SCALES = {"e4m3": "float8_e4m3fn", "e8m0": "float8_e8m0fnu"}  # of scales that are codes
 
@@ -136,8 +137,8 @@ def write(exported: Exported, out: Path) -> list[str]:
         forms[name] = own
         tensors |= {f"{name}.{part}": t for part, t in stored(weight, own).items()}
     network = exported.network
-    rounded = [ROUNDED] if loader_of(network) == "diffusers" else []
-    said = [counted(exported, tensors), *loading(network, BY_HAND), *rounded]
+    about = {"diffusers": [ROUNDED], "transformers": [IMPORTED], "none": []}[loader_of(network)]
+    said = [counted(exported, tensors), *loading(network, BY_HAND), *about]
     said += lost_beside_weights(exported.config)
     write_model(exported, out, _described(exported, forms), tensors, to=METHOD, said=said)
     return said

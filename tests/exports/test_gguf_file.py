@@ -188,6 +188,10 @@ def tensor(name: str, shape: tuple[int, ...], kind: int, place: int = 0) -> byte
         (header(tensors=1) + tensor("w", (2, 2), 0, 5), "tensor 'w' begins at byte 5, no multiple of 32"),
         (header(tensors=1) + tensor("w", (2**40, 2**20), 0), "tensor 'w' ends at byte .* it is cut off"),
         (header(tensors=2) + tensor("w", (1,), 0) * 2, "tensor 'w' is there twice"),
+        (
+            header(tensors=2) + tensor("w", (16,), 0) + tensor("v", (2,), 0, 32) + bytes(96),
+            "tensor 'v' begins at byte .*, within 'w', which ends at",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(tmp_path: Path, data: bytes, said: str) -> None:

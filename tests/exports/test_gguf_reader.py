@@ -140,7 +140,7 @@ def test_decoding_says_what_it_needs(tmp_path: Path) -> None:
     path = others(tmp_path / "f.gguf", {"a.weight": (A, "F16"), "b.weight": (B, "F16")})
     with (
         patch.dict(sys.modules, {"gguf": None}),
-        pytest.raises(AquabitError, match="install it: pip install"),
+        pytest.raises(AquabitError, match="install or update it: pip install"),
     ):
         next(read_weights(path, small()))
 

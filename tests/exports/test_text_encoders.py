@@ -80,7 +80,10 @@ def test_what_it_decodes_is_our_weight(to: str, make: Callable[[], Any], tmp_pat
 
     made = case(net, held, again=make(), graph=graph)
     program.check(made.exported)
-    assert f"transformers loads it: {type(net).__name__}" in " ".join(program.write(made.exported, out))
+    said = " ".join(program.write(made.exported, out))
+    assert f"transformers loads it: {type(net).__name__}" in said and ("import sdnq" in said) == (
+        to == "sdnq"
+    )
     assert loader_of(net) == "transformers" and (out / MODEL_WEIGHTS).is_file()
     again = type(net).from_pretrained(out, dtype=torch.float32)
     assert len(made.decoded) > len(layers(graph)) // 2
