@@ -100,9 +100,10 @@ struct Product {
         });
     }
 
-    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done. Returns scratch bytes of all threads.
+    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done, of at most ``at_once`` rows (whole blocks). Returns
+    // scratch bytes of all threads.
     template <class Sink>
-    int64_t run(Errors* errors, const Sink& sink) const {
+    int64_t run(Errors* errors, int64_t at_once, const Sink& sink) const {
         const int64_t threads = rows * vectors * method.level->lanes * weight.length() > kParallel ? method.threads : 1;
         if (method.codes) sum(threads);
         const int64_t tile = tile_rows(), tiles = (rows + tile - 1) / tile, size = method.level->vectors;
@@ -117,8 +118,11 @@ struct Product {
                 const Tile decoded = fill(row, count, &s);
                 for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
                     const int64_t n = std::min(size, vectors - b * size);
-                    method.level->multiply(planned.plan, decoded, activations, method.wide, b * size, n, s.y.get());
-                    sink(s.y.get(), stride, first_row + row, count, b * size, n);
+                    for (int64_t r = 0; r < count; r += at_once) {
+                        const int64_t some = std::min(at_once, decoded.rows - r);
+                        method.level->multiply(planned.plan, decoded, r, some, activations, method.wide, b * size, n, s.y.get());
+                        sink(s.y.get(), stride, first_row + row + r, std::min(some, count - r), b * size, n);
+                    }
                 }
             }
         });
