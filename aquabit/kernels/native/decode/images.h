@@ -30,6 +30,11 @@ void copy_some(int32_t* to, const int32_t* from, int64_t count) {
     for (; at < count; ++at) to[at] = from[at];
 }
 
+template <int kStride>
+void copy_every(int32_t* to, const int32_t* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[kStride * i];
+}
+
 // One step (up to 4 or 2 channels of a group, from pixel ``channel`` on) of one sample: padding, then the lines.
 void pack_step(const Method& m, const Convolution& c, const Layout& l, const Pixels& x, int64_t channel, const Grid* const* grids,
                int64_t channels, int32_t* out, int32_t* packed, Errors* errors) {
@@ -72,6 +77,8 @@ void pack_step(const Method& m, const Convolution& c, const Layout& l, const Pix
                 int32_t* to = out + phases[i] * l.plane + row_of(y) * l.columns;
                 if (c.stride_x == 1)
                     copy_some(to + column, line + from, std::min(c.width - from, l.columns - column));
+                else if (c.stride_x == 2)
+                    copy_every<2>(to + column, line + from, std::min(ceil_divide(c.width - from, 2), l.columns - column));
                 else
                     for (; from < c.width && column < l.columns; from += c.stride_x) to[column++] = line[from];
             }
@@ -139,8 +146,12 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
             const Span *first = l.spans.data() + l.first_span[vector], *end = l.spans.data() + l.first_span[vector + n];
             m.level->put_pixels(tile, stride, count, first, end, vector * lanes, y.at(row * area), y.narrow, area);
         };
-        // By blocks of rows, whose stores then wait for memory while the next block is multiplied.
-        bytes = std::max(bytes, product.run(&rounded, m.level->rows, sink));
+        const auto awaits = [&](int64_t row, int64_t count, int64_t vector, int64_t n) {
+            for (const Span *s = l.spans.data() + l.first_span[vector], *end = l.spans.data() + l.first_span[vector + n]; s < end; ++s)
+                for (int64_t r = 0; r < count; ++r) __builtin_prefetch(y.at((row + r) * area + s->to), 1);
+        };
+        // By blocks of rows, whose results come from memory, to be written, while they are multiplied.
+        bytes = std::max(bytes, product.run(&rounded, m.level->rows, awaits, sink));
     }
     return {1, ratio_of(images.errors), ratio_of(rounded), bytes};
 }

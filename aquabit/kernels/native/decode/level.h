@@ -116,25 +116,32 @@ static void multiply(const Plan& plan, const Tile& tile, int64_t row, int64_t ro
     }
 }
 
-// Sums of the integers of each run, which offsets are multiplied with; ``ones`` is a row of ones.
-static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors) {
+INLINE void sum_vectors(const Plan& plan, const Activations& a, const uint8_t* ones, const bool wide, int64_t vector, const int vectors) {
     const Range* range = plan.ranges;
     for (int64_t i = 0; i < plan.run_count; ++i) {
-        Ints acc[kMostVectors] = {};
+        Ints acc[kVectors] = {};
         if (i == range->last) ++range;
         for (const Piece* piece = plan.pieces + plan.runs[i].first; piece < plan.pieces + plan.runs[i].last; ++piece)
             for (int64_t step = 0; step < piece->steps; ++step) {
                 const Ints w = broadcast(ones + piece->slot + 4 * step);
-                for (int64_t v = 0; v < vectors; ++v)
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v)
                     acc[v] = dot(acc[v], load_ints(a.values + a.starts[vector + v] + piece->offset + step * a.step_bytes), w,
                                  wide);
             }
-        for (int64_t v = 0; v < vectors; ++v) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
             const int64_t at = (vector + v) * kLanes;
             if (!wide) acc[v] -= (load_ints(a.zero + range->number * a.positions + at) & 255) * static_cast<int32_t>(plan.runs[i].inputs);
             store(a.sums + i * a.positions + at, to_floats(acc[v]));
         }
     }
+}
+
+// Sums of the integers of each run, which offsets are multiplied with; ``ones`` is a row of ones.
+static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors) {
+    if (vectors == kVectors && !wide) return sum_vectors(plan, a, ones, false, vector, kVectors);
+    for (int64_t v = vector; v < vector + vectors; ++v) sum_vectors(plan, a, ones, wide, v, 1);
 }
 
 #include "rows.h"
