@@ -146,12 +146,8 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
             const Span *first = l.spans.data() + l.first_span[vector], *end = l.spans.data() + l.first_span[vector + n];
             m.level->put_pixels(tile, stride, count, first, end, vector * lanes, y.at(row * area), y.narrow, area);
         };
-        const auto awaits = [&](int64_t row, int64_t count, int64_t vector, int64_t n) {
-            for (const Span *s = l.spans.data() + l.first_span[vector], *end = l.spans.data() + l.first_span[vector + n]; s < end; ++s)
-                for (int64_t r = 0; r < count; ++r) __builtin_prefetch(y.at((row + r) * area + s->to), 1);
-        };
-        // By blocks of rows, whose results come from memory, to be written, while they are multiplied.
-        bytes = std::max(bytes, product.run(&rounded, m.level->rows, awaits, sink));
+        // By blocks of rows, whose results find their way to memory while the next block is multiplied.
+        bytes = std::max(bytes, product.run(&rounded, m.level->rows, sink));
     }
     return {1, ratio_of(images.errors), ratio_of(rounded), bytes};
 }

@@ -108,10 +108,10 @@ struct Product {
         return std::min(blocks, std::max(tiles < threads ? threads : 1, method.codes ? bytes / kNear : 1));
     }
 
-    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done, of at most ``at_once`` rows (whole blocks), and
-    // awaits(row, rows, vector, vectors) hears of it before. Returns scratch bytes of all threads.
-    template <class Awaits, class Sink>
-    int64_t run(Errors* errors, int64_t at_once, const Awaits& awaits, const Sink& sink) const {
+    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done, of at most ``at_once`` rows (whole blocks). Returns
+    // scratch bytes of all threads.
+    template <class Sink>
+    int64_t run(Errors* errors, int64_t at_once, const Sink& sink) const {
         const int64_t threads = rows * vectors * method.level->lanes * weight.length() > kParallel ? method.threads : 1;
         if (method.codes) sum(threads);
         const int64_t tile = tile_rows(), tiles = (rows + tile - 1) / tile, size = method.level->vectors;
@@ -128,7 +128,6 @@ struct Product {
                     const int64_t n = std::min(size, vectors - b * size);
                     for (int64_t r = 0; r < count; r += at_once) {
                         const int64_t some = std::min(at_once, decoded.rows - r);
-                        awaits(first_row + row + r, std::min(some, count - r), b * size, n);
                         method.level->multiply(planned.plan, decoded, r, some, activations, method.wide, b * size, n, s.y.get());
                         sink(s.y.get(), stride, first_row + row + r, std::min(some, count - r), b * size, n);
                     }
