@@ -194,6 +194,8 @@ def roofline(
     bound."""
     if not linear and not conv:
         raise AquabitError("roofline compares what `linear` and `conv` measured; run them first")
+    if any("weight" not in row for row in conv):
+        raise AquabitError("rows of `conv` say nothing of their weights' shapes: an older form; run it again")
     native, machines = library(), {}
     for count in sorted({r["threads"] for r in (*linear, *conv)}):
         progress("measuring the machine", len(machines), 2)
