@@ -194,6 +194,8 @@ def roofline(
     bound."""
     if not linear and not conv:
         raise AquabitError("roofline compares what `linear` and `conv` measured; run them first")
+    if any("weight" not in row for row in conv):
+        raise AquabitError("rows of `conv` say nothing of their weights' shapes: an older form; run it again")
     native, machines = library(), {}
     for count in sorted({r["threads"] for r in (*linear, *conv)}):
         progress("measuring the machine", len(machines), 2)
@@ -207,11 +209,11 @@ def roofline(
             inputs, out = (int(n) for n in row["shape"].split(" -> "))
             shape, columns, facts = (out, inputs), row["tokens"], {"tokens": row["tokens"]}
         else:
-            shape, columns, facts = (
-                (row["channels"], row["channels"], 3, 3),
-                row["side"] ** 2,
-                {"side": row["side"]},
-            )
+            shape, columns, facts = tuple(row["weight"]), row["pixels"], {"side": row["side"]}
+            if row["kernel"].startswith("lut") and (
+                shape[1] != row["channels"] or columns != row["side"] ** 2
+            ):
+                continue  # tables for pixels or groups that ``work`` does not count
         w, seconds = bound(row["kernel"], row["format"], shape, columns, machines[row["threads"]])
         table = row["kernel"].startswith("lut")
         facts |= (

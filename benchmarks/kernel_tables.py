@@ -412,7 +412,7 @@ ABOUT = {
         ),
     ),
     "conv": (
-        "3 x 3 convolutions of LDM-4's U-Net, one image",
+        "Convolutions of U-Nets (3 x 3 of stride 1 where nothing else is said), one image",
         "As above; float32 is the faster of two layouts.",
     ),
     "attention": (

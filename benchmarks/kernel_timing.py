@@ -21,7 +21,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight, backend_named
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import context_of, conv2d_request, held, linear_request
-from aquabit.kernels.geometry import Geometry
+from aquabit.kernels.geometry import UNPADDED, Geometry
 from aquabit.kernels.request import Request, format_of
 from aquabit.kernels.time_requests import random_weight
 from aquabit.quant.kernel_tuning import format_for
@@ -119,10 +119,13 @@ def measured_row(
 
 
 class Layer:
-    """A layer of random codes at one format: its weight as kernels hold it, and decoded."""
+    """A layer of random codes at one format: its weight as kernels hold it, and decoded; how a convolution
+    moves (its kernel's middle meets every edge)."""
 
-    def __init__(self, scheme: str, shape: tuple[int, ...], seed: int = 0):
+    def __init__(self, scheme: str, shape: tuple[int, ...], seed: int = 0, stride: int = 1, groups: int = 1):
         self.scheme, self.shape = scheme, shape
+        side = shape[-1] // 2 if len(shape) == 4 else 0
+        self.geometry = Geometry((stride, stride), (side, side), groups=groups)
         weight: CodebookWeight = random_weight(format_for(Scheme.parse(scheme), shape), seed=seed)
         self.bits, self.decoded = weight.bits_per_weight, weight.dequantize()
         self.weight: Weight = held(weight)
@@ -137,7 +140,7 @@ class Layer:
 def request(layer: Layer, x: Tensor, accuracy: Any = "fast", act: int = 16) -> Request:
     form = format_of(layer.weight)
     if x.ndim == 4:
-        return conv2d_request(x, form, Geometry(padding=(layer.shape[2] // 2,) * 2), accuracy, act, None)
+        return conv2d_request(x, form, layer.geometry, accuracy, act, None)
     return linear_request(x, form, accuracy, act)
 
 
@@ -152,9 +155,9 @@ def contenders(layer: Layer, x: Tensor, bias: Tensor) -> dict[str, Run]:
 
 def call(layer: Layer, x: Tensor, bias: Tensor, backend: str, accuracy: Any, act: int) -> Run:
     """A layer's call as a model makes it, where that kernel is the fastest that is known."""
-    shape, side = layer.shape, layer.shape[-1] // 2
+    shape, g = layer.shape, layer.geometry
     plain = (
-        nn.Conv2d(shape[1], shape[0], shape[2:], padding=side, device="meta")
+        nn.Conv2d(x.shape[1], shape[0], shape[2:], g.stride, g.padding, groups=g.groups, device="meta")
         if x.ndim == 4
         else nn.Linear(shape[1], shape[0], device="meta")
     )
@@ -170,13 +173,15 @@ def expected(layer: Layer, x: Tensor, bias: Tensor, act: int) -> Tensor:
     x = fake_quantize(x, act, "sample" if x.ndim == 4 else "token").double()
     weight = layer.decoded.double()
     return (
-        functional.conv2d(x, weight, bias.double(), padding=layer.shape[2] // 2)
+        _convolved(x, weight, bias.double(), layer.geometry)
         if x.ndim == 4
         else functional.linear(x, weight, bias.double())
     )
 
 
-def dense_runs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dict[str, Run], dict[str, list[str]]]:
+def dense_runs(
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry = UNPADDED
+) -> tuple[dict[str, Run], dict[str, list[str]]]:
     """The dense layer in float32 and bfloat16 as torch runs it (convolutions: float32 in both layouts),
     and which runs are which type."""
     if x.ndim == 2:
@@ -186,12 +191,15 @@ def dense_runs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dict[str, Run],
         }
     last = torch.channels_last
     runs = {
-        "float32": _conv(x, weight, bias),
-        "float32 channels_last": _conv(x.to(memory_format=last), weight.to(memory_format=last), bias),
+        "float32": _conv(x, weight, bias, geometry),
+        "float32 channels_last": _conv(
+            x.to(memory_format=last), weight.to(memory_format=last), bias, geometry
+        ),
         "bfloat16 channels_last": _conv(
             x.to(torch.bfloat16, memory_format=last),
             weight.to(torch.bfloat16, memory_format=last),
             bias.bfloat16(),
+            geometry,
         ),
     }
     return runs, {"float32": ["float32", "float32 channels_last"], "bfloat16": ["bfloat16 channels_last"]}
@@ -201,8 +209,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Run:
     return lambda: functional.linear(x, weight, bias)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Run:
-    return lambda: functional.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry) -> Run:
+    return lambda: _convolved(x, weight, bias, geometry)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, g: Geometry) -> Tensor:
+    return functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
 
 def case(
@@ -215,13 +227,13 @@ def case(
     """Every kernel of every layer and the dense ones in one paired run; ``exact`` holds the float64
     results by (format, activation bits)."""
     bias = torch.zeros(layers[0].shape[0])
-    runs, dense = dense_runs(x, layers[0].decoded, bias)
+    runs, dense = dense_runs(x, layers[0].decoded, bias, layers[0].geometry)
     ours = {(layer.scheme, name): run for layer in layers for name, run in contenders(layer, x, bias).items()}
     runs |= {" ".join(key): run for key, run in ours.items()}
     times = paired(runs, seconds)
     plain = {
         name: errors(run(), exact[layers[0].scheme, 16])
-        for name, run in dense_runs(x, layers[0].decoded, bias)[0].items()
+        for name, run in dense_runs(x, layers[0].decoded, bias, layers[0].geometry)[0].items()
     }
     rows = [
         {**facts, "format": None, "kernel": n, **measured_row(n, times, dense), **e} for n, e in plain.items()

@@ -2,8 +2,8 @@
 
 linear     DiT-XL/2's layers at 1, 256 and 1024 tokens, one and two threads, against MKL float32 and oneDNN
            bfloat16, with errors against float64
-conv       3 x 3 convolutions of LDM-4's U-Net, against oneDNN in float32 (the better of two layouts) and
-           bfloat16
+conv       convolutions of U-Nets: 3 x 3, 1 x 1, of stride 2 and in groups, against oneDNN in float32 (the
+           better of two layouts) and bfloat16
 attention  attention with rounded probabilities against torch's own in float32 and bfloat16, and against its
            form in torch
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
@@ -28,8 +28,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -54,11 +55,40 @@ LINEAR_FORMATS = (
     "vq3c",
 )
 TOKENS = (1, 256, 1024)
-CONV = {f"{c} at {s}x{s}": (c, s) for c, s in ((192, 32), (384, 32), (576, 16), (960, 16))}
 CONV_FORMATS = ("aq1x8k", "aq2x6k", "aq3x4k", "aq4x4k", "aq1x8g8", "aq2x6g8", "aq4x4g8", "usq2", "usq4")
+UNIFORM = ("usq2", "usq4")
+
+
+class Convolution(NamedTuple):
+    """Of one image, ``side`` pixels wide and high."""
+
+    inputs: int
+    out: int
+    side: int
+    kernel: int = 3
+    stride: int = 1
+    groups: int = 1
+    formats: tuple[str, ...] = UNIFORM
+
+    @property
+    def name(self) -> str:
+        channels = f"{self.inputs}" if self.inputs == self.out else f"{self.inputs} -> {self.out}"
+        marks = f", {self.kernel} x {self.kernel}" if self.kernel != 3 else ""
+        marks += f", stride {self.stride}" if self.stride > 1 else ""
+        marks += f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{channels} at {self.side}x{self.side}{marks}"
+
+
+CONV = (
+    *(Convolution(c, c, s, formats=CONV_FORMATS) for c, s in ((192, 32), (384, 32), (576, 16), (960, 16))),
+    *(Convolution(c, c, s) for c, s in ((320, 64), (192, 64), (1280, 8))),
+    *(Convolution(i, o, s, 1) for i, o, s in ((960, 576, 16), (384, 192, 32), (320, 320, 64))),
+    *(Convolution(c, c, s, stride=2) for c, s in ((320, 64), (384, 32), (576, 16))),
+    *(Convolution(c, c, s, groups=g) for c, s, g in ((384, 32, 2), (576, 16, 4), (384, 32, 8))),
+)
 THREADS = (1, 2)
 SECONDS = {1: 1.0, 256: 6.0, 1024: 11.0}  # of a case, by tokens
-CONV_SECONDS = 12.0
+CONV_SECONDS, UNIFORM_SECONDS = 12.0, 4.0
 
 Rows = list[dict[str, Any]]
 
@@ -89,21 +119,23 @@ def linear(progress: Progress, quick: bool) -> Rows:
 
 
 def conv(progress: Progress, quick: bool) -> Rows:
-    """Every format and kernel at 3 x 3 convolutions of one image."""
+    """Every kernel at convolutions of one image: every format, or the uniform ones."""
     torch.manual_seed(0)
     rows: Rows = []
-    shapes = dict(list(CONV.items())[2 : 3 if quick else None]) if quick else CONV
-    for name, (channels, side) in shapes.items():
-        layers = [Layer(scheme, (channels, channels, 3, 3), seed) for seed, scheme in enumerate(CONV_FORMATS)]
-        x = torch.randn(1, channels, side, side)
+    shapes = CONV[2::3] if quick else CONV
+    for c in shapes:
+        shape = (c.out, c.inputs // c.groups, c.kernel, c.kernel)
+        layers = [Layer(scheme, shape, seed, c.stride, c.groups) for seed, scheme in enumerate(c.formats)]
+        x = torch.randn(1, c.inputs, c.side, c.side)
+        pixels = prod(layers[0].geometry.output(x.shape[2:], shape[2:]))
         total = len(shapes) * len(THREADS)
         rows += _cases(
             "conv",
-            name,
+            c.name,
             layers,
             x,
-            {"channels": channels, "side": side},
-            0.0 if quick else CONV_SECONDS,
+            {"channels": c.inputs, "side": c.side, "weight": shape, "pixels": pixels},
+            0.0 if quick else CONV_SECONDS if c.formats == CONV_FORMATS else UNIFORM_SECONDS,
             progress,
             not rows,
             total,

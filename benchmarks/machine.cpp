@@ -99,6 +99,7 @@ double multiply_add_seconds(int kind, int repeats) {
         return found;
     }
 #if HAS_DOTS
+// Each product is held in its register: copies of all chains in every round would take as long as the products where there are two a cycle.
 #define DOTS(KIND, TYPE, ZERO, OP)                                            \
     if (kind == KIND)                                                         \
         return best(repeats, units, [&] {                                     \
@@ -106,15 +107,13 @@ double multiply_add_seconds(int kind, int repeats) {
             __m512i x = _mm512_set1_epi32(0x01010101);                        \
             asm volatile("" : "+v"(x));                                       \
             for (int i = 0; i < chains; ++i) a[i] = ZERO();                   \
-            asm volatile("" : "+m"(a));                                       \
             for (int r = 0; r < rounds; ++r) {                                \
-                _Pragma("GCC unroll 16") for (int i = 0; i < chains; ++i) a[i] = OP; \
+                _Pragma("GCC unroll 16") for (int i = 0; i < chains; ++i) {   \
+                    a[i] = OP;                                                \
+                    asm volatile("" : "+v"(a[i]));                            \
+                }                                                             \
             }                                                                 \
-            for (int i = 0; i < chains; ++i) {                                \
-                int32_t first;                                                \
-                std::memcpy(&first, &a[i], 4);                                \
-                keep += first;                                                \
-            }                                                                 \
+            for (int i = 0; i < chains; ++i) asm volatile("" : : "v"(a[i]));  \
         });
     DOTS(1, __m512, _mm512_setzero_ps, _mm512_dpbf16_ps(a[i], reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(x)))
     DOTS(2, __m512i, _mm512_setzero_si512, _mm512_dpwssd_epi32(a[i], x, x))

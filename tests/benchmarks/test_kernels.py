@@ -59,12 +59,23 @@ def test_kernels_of_a_case_compute_what_they_are_compared_with(scheme: str, shap
     for name, run in contenders(layer, x, bias).items():
         act, limit = 8 if name.endswith("a8") else 16, 1e-6 if "exact" in name else 3e-3
         assert errors(run(), expected(layer, x, bias, act))["error"] < limit, name
-    runs, which = dense_runs(x, layer.decoded, bias)
+    runs, which = dense_runs(x, layer.decoded, bias, layer.geometry)
     assert set(which) == set(DENSE) and sorted(n for names in which.values() for n in names) == sorted(runs)
     for name, run in runs.items():
         assert errors(run(), expected(layer, x, bias, 16))["error"] < (
             1e-5 if name.startswith("float32") else 3e-2
         ), name
+
+
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 2, 1), (3, 1, 4), (1, 2, 2)])
+def test_convolutions_of_every_kind(kernel: int, stride: int, groups: int) -> None:
+    layer = Layer("usq4", (8, 12 // groups, kernel, kernel), stride=stride, groups=groups)
+    x, bias = torch.randn(1, 12, 7, 7), torch.randn(8)
+    for name, run in contenders(layer, x, bias).items():
+        act, limit = 8 if name.endswith("a8") else 16, 1e-6 if "exact" in name else 3e-3
+        assert errors(run(), expected(layer, x, bias, act))["error"] < limit, name
+    for name, run in dense_runs(x, layer.decoded, bias, layer.geometry)[0].items():
+        assert errors(run(), expected(layer, x, bias, 16))["error"] < 3e-2, name
 
 
 def test_work_of_formats_by_hand() -> None:

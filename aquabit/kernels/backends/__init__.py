@@ -122,10 +122,10 @@ def _decode_conv2d(
 
 def _decode_raw(weight: Arranged, request: Request, shape: tuple[int, ...]) -> Raw | None:
     r = request
-    exact, act = r.accuracy == "exact", act_code(r.act)
+    exact, act, narrow = r.accuracy == "exact", act_code(r.act), r.dtype == "bfloat16"
     if r.kind == "linear":
-        return decode_linear_raw(weight, prod(shape[:-1]), act, exact, r.threads, r.dtype == "bfloat16")
-    return decode_conv2d_raw(weight, shape, r.geometry, act, r.split, exact, r.threads)
+        return decode_linear_raw(weight, prod(shape[:-1]), act, exact, r.threads, narrow)
+    return decode_conv2d_raw(weight, shape, r.geometry, act, r.split, exact, r.threads, narrow)
 
 
 def _lut_raw(weight: Arranged, request: Request, shape: tuple[int, ...]) -> Raw | None:

@@ -256,9 +256,10 @@ def decode_conv2d_raw(
     split: int | None,
     exact: bool,
     threads: int,
+    narrow: bool,
 ) -> Raw | None:
-    """``decode_conv2d`` of images of such sizes, rounded by the code ``act``, float32; None where tiles of
-    floats serve."""
+    """``decode_conv2d`` of images of such sizes, rounded by the code ``act``, float32 or (``narrow``)
+    bfloat16; None where tiles of floats serve."""
     own, fused = _prepared(weight), _integers(act)
     if exact and not (fused and own.scalar):
         return None
@@ -266,9 +267,9 @@ def decode_conv2d_raw(
     parted = (split or 0) if fused else 0
 
     def run(x: int, y: int, bias: int) -> bool:
-        return _good(conv2d(x, y, bias, sizes, numbers, parted, bits, threads, 0))
+        return _good(conv2d(x, y, bias, sizes, numbers, parted, bits, threads, 0, narrow))
 
-    return Raw(run, fused, follows=True)
+    return Raw(run, fused, True, follows=True)
 
 
 # ---- The ops
@@ -287,6 +288,11 @@ def _integers(act: int) -> bool:
     """Whether the code of a rounding is of integers of at most 8 bits, which the kernel makes itself."""
     rounding = rounding_of(act)
     return rounding != "f8" and act_bits(rounding) <= 8
+
+
+def _narrow(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel reads and writes bfloat16 as it lies."""
+    return x.dtype == torch.bfloat16 and (bias is None or bias.dtype == x.dtype)
 
 
 def _good(outcome: tuple[int, float, float, int]) -> bool:
@@ -308,7 +314,7 @@ def _decode_linear_cpu(
     few, fused = _ways(own, tokens, act, exact)
     if fused or few or not exact:
         rows = x if fused else fake_quantize(x, rounding_of(act))
-        narrow = x.dtype == torch.bfloat16 and (bias is None or bias.dtype == x.dtype)
+        narrow = _narrow(x, bias)
         if narrow:
             rows, added = rows.contiguous(), None if bias is None else bias.contiguous()
         else:
@@ -348,12 +354,17 @@ def _decode_conv2d_cpu(
             f"decode_conv2d: x is {list(x.shape)}, the weight {list(own.shape)}; 4 dimensions needed"
         )
     added, form = plain_bias(bias, own.shape[0]), _memory_format(x)
-    y = torch.empty(len(x), own.shape[0], *(max(s, 0) for s in window.output(x.shape[2:], own.shape[2:])))
-    if y.numel() == 0:
-        return y.to(x.dtype)
+    size = [len(x), own.shape[0], *(max(s, 0) for s in window.output(x.shape[2:], own.shape[2:]))]
+    if 0 in size:
+        return x.new_empty(size)
     fused, rounding = _integers(act), rounding_of(act)  # fused: the kernel quantizes
     if not exact or (fused and own.scalar):
-        image = plain(x if fused else fake_quantize(x, rounding, "sample", split or None))
+        image, narrow = x if fused else fake_quantize(x, rounding, "sample", split or None), _narrow(x, bias)
+        if narrow:
+            image, added = image.contiguous(), None if bias is None else bias.contiguous()
+        else:
+            image = plain(image)
+        y = torch.empty(size, dtype=x.dtype if narrow else torch.float32)
         outcome = own.native.conv2d(
             image.data_ptr(),
             y.data_ptr(),
@@ -364,6 +375,7 @@ def _decode_conv2d_cpu(
             act if fused else 16,
             torch.get_num_threads(),
             level,
+            narrow,
         )
         if _good(outcome):
             return y.to(x.dtype, memory_format=form)

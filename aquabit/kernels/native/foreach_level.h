@@ -9,6 +9,7 @@
 // inline function for all levels, and that might be one that the processor cannot run.
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOT_INLINE __attribute__((noinline))
 
 #if defined(__clang__)
 #define AQUABIT_TARGET_BEGIN(set) \

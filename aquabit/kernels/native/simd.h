@@ -46,6 +46,19 @@ INLINE void store(int8_t* x, Bytes v) { *reinterpret_cast<UnalignedBytes*>(x) = 
 INLINE Ints load_ints(const void* x) { return *reinterpret_cast<const UnalignedInts*>(x); }
 INLINE void store_ints(void* x, Ints v) { *reinterpret_cast<UnalignedInts*>(x) = v; }
 
+// bfloat16 as float32.
+INLINE Floats load_narrow(const uint16_t* x) {
+#if AQUABIT_LEVEL == 4
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
+#elif AQUABIT_LEVEL == 3
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16);
+#else
+    Words wide;
+    for (int lane = 0; lane < kLanes; ++lane) wide[lane] = uint32_t(x[lane]) << 16;
+    return (Floats)wide;
+#endif
+}
+
 // The first ``left`` values (none where it is below 1), and zeros.
 INLINE Floats load_some(const float* x, int64_t left) {
     if (left >= kLanes) return load(x);
@@ -235,6 +248,12 @@ INLINE Shorts low_halves(Ints low, Ints high) {
     __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof a, &b, sizeof b);
     return both;
 #endif
+}
+
+// The nearest bfloat16 (ties to even, any NaN to one), as torch does, in the low halves.
+INLINE Ints to_narrow(Floats x) {
+    const Words bits = (Words)x, rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return x == x ? (Ints)rounded >> 16 : splat_int(0x7fc0);
 }
 
 // ---- Across lanes

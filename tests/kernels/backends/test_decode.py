@@ -176,8 +176,20 @@ CONVOLUTIONS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
+# By how activations are laid out: columns apart, blocks together (whole, with a rest), parts for a cache.
+LAID_OUT: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((3, 5, 8, 8), (7, 5, 3, 3), {"padding": 1}),
+    ((2, 6, 16, 16), (8, 3, 3, 3), {"padding": 1, "stride": 2, "groups": 2}),
+    ((1, 4, 12, 12), (5, 4, 3, 5), {"padding": (1, 2), "dilation": (1, 1)}),
+    ((2, 4, 23, 12), (5, 4, 3, 4), {"padding": (1, 3), "stride": (1, 3), "dilation": (2, 3)}),
+    ((2, 9, 13, 11), (7, 9, 1, 1), {}),
+    ((3, 6, 8, 16), (8, 3, 1, 1), {"groups": 2}),
+    ((1, 1000, 33, 33), (13, 1000, 1, 1), {}),
+]
+
+
 @levels
-@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda c: str(c[1]))
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, *LAID_OUT], ids=lambda c: f"{c[0]} {c[1]}")
 def test_convolution_of_uniform_codes(case: Any, level: str) -> None:
     shape, size, how = case
     for form in (Format(2), Format(3), Format(8), Format(4, scales=10)):
@@ -186,6 +198,30 @@ def test_convolution_of_uniform_codes(case: Any, level: str) -> None:
             split = split if split and split < shape[1] else None
             y = convolved(x, arrange(weight), bias, act=act, split=split, level=level, **how)
             assert error(y, conv64(x, weight, bias, act, split, **how)) <= EXACT
+
+
+@levels
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, *LAID_OUT], ids=lambda c: f"{c[0]} {c[1]}")
+def test_convolution_in_bfloat16(case: Any, level: str) -> None:
+    """Results are those of float32 values, rounded once: within half a step of bfloat16."""
+    shape, size, how = case
+    bias, x = inputs(size[0]).bfloat16(), inputs(*shape).bfloat16()
+    for form, act in ((Format(2), 8), (Format(4, scales=10), "i8"), (Format(3), 16), (SLICES[1], 8)):
+        weight, split = make(size, form), shape[1] // 2 or None
+        y = convolved(x, arrange(weight), bias, act=act, split=split, level=level, **how)
+        expected = conv64(x.float(), weight, bias, act, split, **how)
+        gap, exact = (y.double() - expected).abs(), act != 16 and not form.books
+        bound = (EXACT if exact else FAST) * expected.abs().max()
+        assert y.dtype == torch.bfloat16 and (gap <= expected.abs() * (2**-8 + EXACT) + bound).all()
+
+
+@levels
+def test_convolution_in_bfloat16_of_what_is_not_finite(level: str) -> None:
+    weight, x = arrange(make((5, 4, 3, 3), Format(4))), inputs(2, 4, 9, 9).bfloat16()
+    x[1, 2, 3, 4] = float("inf")
+    y = convolved(x, weight, None, act=8, padding=1, level=level)
+    alone = convolved(x[:1], weight, None, act=8, padding=1, level=level)
+    assert y[1].isnan().all() and torch.equal(y[:1], alone)
 
 
 @levels
@@ -291,6 +327,15 @@ def test_threads_change_nothing() -> None:
                     ),
                     decode_linear(inputs(65, 96), arrange(make((3, 96), USQ[3])), None, 8),
                     convolved(inputs(2, 8, 20, 20), arrange(convolution), None, padding=1),
+                    convolved(inputs(1, 1000, 33, 33), arrange(make((70, 1000, 1, 1), USQ[3])), None, act=8),
+                    convolved(
+                        inputs(3, 6, 8, 8),
+                        arrange(make((50, 3, 3, 3), USQ[1])),
+                        None,
+                        groups=2,
+                        padding=1,
+                        act=8,
+                    ),
                 ]
             )
         finally:

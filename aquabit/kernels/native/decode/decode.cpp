@@ -65,25 +65,23 @@ class DecodeWeight {
                    bool narrow) const {
         if (shape_.size() != 2) throw std::invalid_argument("a weight " + text_of(shape_) + " is no matrix");
         if (few && tokens > kFew) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
-        Weight w = with(narrow ? 0 : bias);
+        const Buffer<float> wide(narrow && bias ? weight_.out : 0);
+        const Weight w = with(bias, narrow, level, wide.get());
         const Method method = method_of(w, level, act, threads);
-        const Buffer<float> wide(narrow && bias ? w.out : 0);
-        if (narrow && bias) {
-            method.level->widen(pointer<const uint16_t>(bias), w.out, wide.get());
-            w.bias = wide.get();
-        }
         return (few ? few_tokens : linear_product)(method, w, {pointer<void>(x), w.cin, narrow}, {pointer<void>(y), w.out, narrow}, tokens);
     }
 
     // x of ``sizes`` to y [samples, out, ..] as ``geometry`` says; channels from ``split`` on (0: none) have ranges of their own.
+    // ``narrow``: x, y and bias are bfloat16.
     Outcome conv2d(uintptr_t x, uintptr_t y, uintptr_t bias, const Sizes& sizes, const GeometryNumbers& geometry, int64_t split, int64_t act,
-                   int64_t threads, int64_t level) const {
+                   int64_t threads, int64_t level, bool narrow) const {
         const Geometry g(geometry, sizes, shape_);
         if (split < 0 || split >= sizes[1]) throw std::invalid_argument("no channels on one side of " + std::to_string(split));
-        const Weight w = with(bias);
+        const Buffer<float> wide(narrow && bias ? weight_.out : 0);
+        const Weight w = with(bias, narrow, level, wide.get());
         const Convolution c = {sizes[0], sizes[1], sizes[2], sizes[3], g.output[0], g.output[1], g.groups, shape_[2], shape_[3],
                                g.stride[0], g.stride[1], g.padding[0], g.padding[1], g.dilation[0], g.dilation[1], split};
-        return conv_product(method_of(w, level, act, threads), w, c, pointer<const float>(x), pointer<float>(y));
+        return conv_product(method_of(w, level, act, threads), w, c, {pointer<void>(x), narrow}, {pointer<void>(y), narrow});
     }
 
     // Rows [first, last), decoded, to y.
@@ -93,9 +91,14 @@ class DecodeWeight {
     }
 
   private:
-    Weight with(uintptr_t bias) const {
+    // With a bias, of bfloat16 (``narrow``; as float32 in ``room`` then) or of float32, or none (0).
+    Weight with(uintptr_t bias, bool narrow, int64_t level, float* room) const {
         Weight own = weight_;
         own.bias = pointer<const float>(bias);
+        if (bias && narrow) {
+            level_at(level).widen(pointer<const uint16_t>(bias), own.out, room);
+            own.bias = room;
+        }
         return own;
     }
 
@@ -115,6 +118,6 @@ void define_decode(nb::module_& m) {
         .def("linear", &DecodeWeight::linear, "x"_a, "y"_a, "bias"_a, "tokens"_a, "act"_a, "few"_a, "threads"_a, "level"_a,
              "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def("conv2d", &DecodeWeight::conv2d, "x"_a, "y"_a, "bias"_a, "sizes"_a, "geometry"_a, "split"_a, "act"_a, "threads"_a, "level"_a,
-             nb::call_guard<nb::gil_scoped_release>())
+             "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def("rows", &DecodeWeight::rows, "first"_a, "last"_a, "y"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
 }

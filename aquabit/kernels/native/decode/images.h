@@ -1,5 +1,13 @@
 // Products with images. Part of decode.cpp.
 
+// Values of images, float32 or (``narrow``) bfloat16.
+struct Pixels {
+    void* values;
+    bool narrow;
+
+    void* at(int64_t i) const { return static_cast<char*>(values) + i * (narrow ? 2 : 4); }
+};
+
 // The quantized images of a convolution, and the grids of their samples' ranges.
 struct Images {
     Buffer<uint8_t> values;
@@ -22,44 +30,55 @@ void copy_some(int32_t* to, const int32_t* from, int64_t count) {
     for (; at < count; ++at) to[at] = from[at];
 }
 
-// One step (up to 4 or 2 channels of a group) of one sample: padding, then the lines.
-void pack_step(const Method& m, const Convolution& c, const Layout& l, const float* x, const Grid* const* grids, int64_t channels,
-               int32_t* out, int32_t* packed, Errors* errors) {
+template <int kStride>
+void copy_every(int32_t* to, const int32_t* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[kStride * i];
+}
+
+// One step (up to 4 or 2 channels of a group, from pixel ``channel`` on) of one sample: padding, then the lines.
+void pack_step(const Method& m, const Convolution& c, const Layout& l, const Pixels& x, int64_t channel, const Grid* const* grids,
+               int64_t channels, int32_t* out, int32_t* packed, Errors* errors) {
+    const auto pack = [&](int64_t pixel, int64_t count, int32_t* to) {
+        const void* lines[4];
+        for (int64_t k = 0; k < channels; ++k) lines[k] = x.at(channel + k * c.height * c.width + pixel);
+        m.level->pack_line(lines, x.narrow, channels, count, grids, m.wide, to, errors);
+    };
     int32_t padding = 0;
     for (int64_t k = 0; k < channels; ++k) {
         const int64_t zero = std::clamp<int64_t>(static_cast<int64_t>(-grids[k]->base), 0, m.wide ? 32767 : 255);
         padding |= static_cast<int32_t>(static_cast<uint32_t>(zero) << (m.wide ? 16 * k : 8 * k));
     }
-    const bool same = c.stride_y == 1 && c.stride_x == 1 && c.top == 0 && c.left == 0 && l.columns == c.width && l.rows == c.height;
-    if (same) {  // lines follow each other as they do in the image
-        const float* planes[4];
-        for (int64_t k = 0; k < channels; ++k) planes[k] = x + k * l.plane;
-        std::fill(out + l.plane, out + l.step_bytes / 4, padding);
-        return m.level->pack_line(planes, channels, l.plane, grids, m.wide, out, errors);
+    if (c.whole() && l.phase_count == 1) {  // lines follow each other as they do in the image
+        for (int64_t first = 0; first < l.plane; first += l.together, out += l.run_bytes / 4) {
+            const int64_t count = std::min(l.together, l.plane - first);
+            pack(first, count, out);
+            std::fill(out + count, out + l.step_bytes / 4, padding);
+        }
+        return;
     }
     std::fill(out, out + l.step_bytes / 4, padding);
     const int64_t chunk = lines_at_once(c);
     for (int64_t first = 0; first < c.height; first += chunk) {
         const int64_t end = std::min(c.height, first + chunk);
         const auto row_of = [&](int64_t y) { return (y + c.top) / c.stride_y; };
-        const auto phases_of = [&](int64_t y) { return &l.phases[(y + c.top) % c.stride_y * c.stride_x]; };
+        const auto phases_of = [&](int64_t y) { return &l.phases[(y + c.top) % c.stride_y * l.offsets]; };
         const auto unread = [&](int64_t y) {
-            return row_of(y) >= l.rows || std::all_of(phases_of(y), phases_of(y) + c.stride_x, [](int64_t phase) { return phase < 0; });
+            return row_of(y) >= l.rows || std::all_of(phases_of(y), phases_of(y) + l.offsets, [](int64_t phase) { return phase < 0; });
         };
         if (end - first == 1 && unread(first)) continue;
-        const float* lines[4];
-        for (int64_t k = 0; k < channels; ++k) lines[k] = x + (k * c.height + first) * c.width;
-        m.level->pack_line(lines, channels, (end - first) * c.width, grids, m.wide, packed, errors);
+        pack(first * c.width, (end - first) * c.width, packed);
         const int32_t* line = packed;
         for (int64_t y = first; y < end; ++y, line += c.width) {
             if (unread(y)) continue;
             const int64_t* phases = phases_of(y);
-            for (int64_t i = 0; i < c.stride_x; ++i) {  // pixels whose padded column has phase i
+            for (int64_t i = 0; i < l.offsets; ++i) {  // pixels of padded columns i, i + stride_x, ..
                 if (phases[i] < 0) continue;
-                int64_t from = ((i - c.left) % c.stride_x + c.stride_x) % c.stride_x, column = (from + c.left) / c.stride_x;
+                int64_t column = std::max<int64_t>(0, ceil_divide(c.left - i, c.stride_x)), from = column * c.stride_x + i - c.left;
                 int32_t* to = out + phases[i] * l.plane + row_of(y) * l.columns;
                 if (c.stride_x == 1)
-                    copy_some(to + column, line, std::min(c.width, l.columns - column));
+                    copy_some(to + column, line + from, std::min(c.width - from, l.columns - column));
+                else if (c.stride_x == 2)
+                    copy_every<2>(to + column, line + from, std::min(ceil_divide(c.width - from, 2), l.columns - column));
                 else
                     for (; from < c.width && column < l.columns; from += c.stride_x) to[column++] = line[from];
             }
@@ -67,7 +86,7 @@ void pack_step(const Method& m, const Convolution& c, const Layout& l, const flo
     }
 }
 
-Images pack_images(const Method& m, const Convolution& c, const Layout& l, const float* x) {
+Images pack_images(const Method& m, const Convolution& c, const Layout& l, const Pixels& x) {
     const int64_t ranges = c.split ? 2 : 1, area = c.height * c.width, per = m.per(), inputs = c.channels / c.groups;
     const int64_t tail = 4 * m.level->lanes * (m.level->vectors + 1), threads = c.samples * c.channels * area > 32768 ? m.threads : 1;
     Images all = {Buffer<uint8_t>(c.samples * l.sample_bytes + tail), std::vector<Grid>(ranges * c.samples), {0, 0}, true};
@@ -76,8 +95,8 @@ Images pack_images(const Method& m, const Convolution& c, const Layout& l, const
     in_parts(ranges * c.samples, threads, 1, [&](int64_t from, int64_t to, int64_t) {
         for (int64_t i = from; i < to; ++i) {
             const int64_t first = i / c.samples ? c.split : 0, last = c.split && i < c.samples ? c.split : c.channels;
-            const float* here = x + (i % c.samples * c.channels + first) * area;
-            usable[i] = m.level->sample_grid(here, (last - first) * area, m.bits, m.wide, &all.grids[i]);
+            const void* here = x.at((i % c.samples * c.channels + first) * area);
+            usable[i] = m.level->sample_grid(here, x.narrow, (last - first) * area, m.bits, m.wide, &all.grids[i]);
         }
     });
     all.usable = std::all_of(usable.begin(), usable.end(), [](char u) { return u; });
@@ -91,8 +110,8 @@ Images pack_images(const Method& m, const Convolution& c, const Layout& l, const
             const int64_t channel = group * inputs + step * per, count = std::min(per, inputs - step * per);
             const Grid* grids[4];
             for (int64_t k = 0; k < count; ++k) grids[k] = &all.grids[(c.split && channel + k >= c.split ? c.samples : 0) + n];
-            uint8_t* out = all.values.get() + n * l.sample_bytes + (group * l.group_steps + step) * l.step_bytes;
-            pack_step(m, c, l, x + (n * c.channels + channel) * area, grids, count, reinterpret_cast<int32_t*>(out), line.data(),
+            uint8_t* out = all.values.get() + n * l.sample_bytes + group * l.group_bytes + step * l.step_bytes;
+            pack_step(m, c, l, x, (n * c.channels + channel) * area, grids, count, reinterpret_cast<int32_t*>(out), line.data(),
                       m.bits < 16 ? nullptr : &errors[job]);
         }
     });
@@ -101,8 +120,8 @@ Images pack_images(const Method& m, const Convolution& c, const Layout& l, const
 }
 
 // x [samples, channels, height, width] to y [samples, out, out_height, out_width].
-Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, const float* x, float* y) {
-    const Layout l = lay_out(c, m.per(), m.level->lanes);
+Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, const Pixels& x, const Pixels& y) {
+    const Layout l = lay_out(c, w.out, m.per(), m.level->lanes, m.level->vectors);
     const Images images = pack_images(m, c, l, x);
     Errors rounded = {0, 0};
     if (!images.usable || ratio_of(images.errors) > kMostLost) return {0, ratio_of(images.errors), 0, 0};
@@ -118,21 +137,17 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
     for (int64_t group = 0; group < c.groups; ++group) {
         Planned planned;
         const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
-        make_plan(w, {l.taps, l.step_bytes, group * l.group_steps, split}, m.per(), m.limit, m.by_scale, &planned);
+        make_plan(w, {l.taps, l.step_bytes, group * l.group_bytes / l.step_bytes, split}, m.per(), m.limit, m.by_scale, &planned);
         const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
         const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions,
                                scale.data(),        rest.data(),     zero.data(),  sums.get()};
         const Product product = {m, w, planned, a, vectors, group * rows, rows};
         const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t count, int64_t vector, int64_t n) {
-            for (int64_t r = 0; r < count; ++r)
-                for (int64_t v = 0; v < n; ++v) {
-                    float* to = y + (l.sample[vector + v] * w.out + row + r) * area;
-                    const float* from = tile + r * stride + v * lanes;
-                    for (int64_t s = l.first_span[vector + v]; s < l.first_span[vector + v + 1]; ++s)
-                        std::memcpy(to + l.spans[s].to, from + l.spans[s].lane, l.spans[s].count * sizeof(float));
-                }
+            const Span *first = l.spans.data() + l.first_span[vector], *end = l.spans.data() + l.first_span[vector + n];
+            m.level->put_pixels(tile, stride, count, first, end, vector * lanes, y.at(row * area), y.narrow, area);
         };
-        bytes = std::max(bytes, product.run(&rounded, sink));
+        // By blocks of rows, whose results find their way to memory while the next block is multiplied.
+        bytes = std::max(bytes, product.run(&rounded, m.level->rows, sink));
     }
     return {1, ratio_of(images.errors), ratio_of(rounded), bytes};
 }

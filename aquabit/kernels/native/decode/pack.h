@@ -39,11 +39,30 @@ INLINE bool grid_of(Limits limits, int64_t bits, bool wide, bool zero_in_range, 
     return scale >= 1.17549435e-38f;
 }
 
+// bfloat16 to float32.
+static void widen(const uint16_t* from, int64_t n, float* to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = uint32_t(from[i]) << 16;
+        __builtin_memcpy(to + i, &bits, sizeof bits);
+    }
+}
+
 static bool token_grid(const float* x, int64_t n, int64_t bits, bool wide, Grid* grid) {
     return grid_of(limits_of(x, n), bits, wide, false, grid);
 }
-static bool sample_grid(const float* x, int64_t n, int64_t bits, bool wide, Grid* grid) {
-    return grid_of(limits_of(x, n), bits, wide, true, grid);
+// Of float32, or of bfloat16 where ``narrow``.
+static bool sample_grid(const void* x, bool narrow, int64_t n, int64_t bits, bool wide, Grid* grid) {
+    if (!narrow) return grid_of(limits_of(static_cast<const float*>(x), n), bits, wide, true, grid);
+    Limits all = {__builtin_inff(), -__builtin_inff(), true};
+    float room[1024];
+    for (int64_t from = 0; from < n; from += 1024) {
+        const int64_t count = smaller_of(1024, n - from);
+        widen(static_cast<const uint16_t*>(x) + from, count, room);
+        const Limits some = limits_of(room, count);
+        all = {some.low < all.low ? some.low : all.low, some.high > all.high ? some.high : all.high, all.finite && some.finite};
+    }
+    return grid_of(all, bits, wide, true, grid);
 }
 
 INLINE int32_t quantized(float x, const Grid& grid) {
@@ -104,33 +123,73 @@ static void pack_tokens(const float* x, int64_t count, int64_t length, const Gri
     for (int64_t t = 0; errors && t < count; ++t) add_errors(x + t * length, length, grids[t], errors);
 }
 
+// Values [i, i + kLanes) of float32, or of bfloat16 where ``narrow``; zeros from ``n`` on.
+INLINE Floats load_values(const void* x, const bool narrow, int64_t i, int64_t n) {
+    const uint16_t* short_ones = static_cast<const uint16_t*>(x) + i;
+    if (!narrow) return load_some(static_cast<const float*>(x) + i, n - i);
+    if (n - i >= kLanes) return load_narrow(short_ones);
+    uint16_t some[kLanes] = {};
+    for (int64_t lane = 0; lane < n - i; ++lane) some[lane] = short_ones[lane];
+    return load_narrow(some);
+}
+
 // One line of an image, ``channels`` (at most 4 or 2) as [count] dwords.
-static void pack_line(const float* const* lines, int64_t channels, int64_t count, const Grid* const* grids, bool wide, int32_t* out,
-                      Errors* errors) {
-    for (int64_t i = 0; i < count; ++i) out[i] = 0;
+INLINE void pack_line_of(const void* const* lines, const bool narrow, const int64_t channels, int64_t count, const Grid* const* grids,
+                         const bool wide, int32_t* out, Errors* errors) {
+    Floats inverse[4], low[4], high[4], error[4], all[4];
+    Ints base[4];
+#pragma GCC unroll 4
     for (int64_t c = 0; c < channels; ++c) {
-        const Grid grid = *grids[c];
-        const float* x = lines[c];
-        const int shift = static_cast<int>(wide ? 16 * c : 8 * c);
-        const int32_t mask = wide ? 0xffff : 0xff, most = wide ? 0x7fff : 0xff;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-            const int32_t q = quantized(x[i], grid);
-            out[i] |= ((q < most ? q : most) & mask) << shift;
+        const Grid& grid = *grids[c];
+        inverse[c] = splat(grid.inverse), low[c] = splat(grid.low), high[c] = splat(grid.high);
+        base[c] = splat_int(static_cast<int32_t>(grid.base)), error[c] = all[c] = Floats{};
+    }
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Ints packed = {};
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < channels; ++c) {
+            const Floats steps = load_values(lines[c], narrow, i, count) * inverse[c];
+            Floats inside = steps > low[c] ? steps : low[c];
+            inside = inside < high[c] ? inside : high[c];
+            const Ints q = nearest(inside);
+            packed |= ((q - base[c]) & (wide ? 0xffff : 0xff)) << static_cast<int>(wide ? 16 * c : 8 * c);
+            if (wide && errors) {
+                const Floats lost = steps - to_floats(q);
+                error[c] += lost * lost;
+                all[c] += steps * steps;
+            }
         }
-        if (errors) add_errors(x, count, grid, errors);
+        if (count - i >= kLanes)
+            store_ints(out + i, packed);
+        else
+            for (int64_t lane = 0; lane < count - i; ++lane) out[i + lane] = packed[lane];
+    }
+    for (int64_t c = 0; wide && errors && c < channels; ++c) {
+        const double squared = double(grids[c]->scale) * grids[c]->scale;
+        errors->error += total_of(error[c]) * squared;
+        errors->all += total_of(all[c]) * squared;
     }
 }
 
-// bfloat16 to float32, and to the nearest bfloat16 (ties to even, any NaN to one), as torch does.
-static void widen(const uint16_t* from, int64_t n, float* to) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = uint32_t(from[i]) << 16;
-        __builtin_memcpy(to + i, &bits, sizeof bits);
-    }
+INLINE void pack_line_with(const void* const* lines, const bool narrow, int64_t channels, int64_t count, const Grid* const* grids,
+                           bool wide, int32_t* out, Errors* errors) {
+    if (channels == 4)
+        pack_line_of(lines, narrow, 4, count, grids, false, out, nullptr);
+    else if (channels == 2 && wide)
+        pack_line_of(lines, narrow, 2, count, grids, true, out, errors);
+    else
+        pack_line_of(lines, narrow, channels, count, grids, wide, out, errors);
 }
 
+static void pack_line(const void* const* lines, bool narrow, int64_t channels, int64_t count, const Grid* const* grids, bool wide,
+                      int32_t* out, Errors* errors) {
+    if (narrow)
+        pack_line_with(lines, true, channels, count, grids, wide, out, errors);
+    else
+        pack_line_with(lines, false, channels, count, grids, wide, out, errors);
+}
+
+// float32 to the nearest bfloat16 (ties to even, any NaN to one), as torch does.
 static void narrow(const float* from, int64_t n, uint16_t* to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -141,12 +200,13 @@ static void narrow(const float* from, int64_t n, uint16_t* to) {
     }
 }
 
-// ``count`` (below 16) floats; a call of memcpy for each takes longer than the product of a small layer.
-INLINE void store_some(float* to, const float* from, int64_t count) {
+// ``count`` (below kLanes) values; a call of memcpy for each takes longer than the product of a small layer.
+template <class T>
+INLINE void store_some(T* to, const T* from, int64_t count) {
     int64_t at = 0;
 #pragma GCC unroll 4
-    for (int64_t part = 8; part; part /= 2)
-        if (count & part) __builtin_memcpy(to + at, from + at, part * sizeof(float)), at += part;
+    for (int64_t part = kLanes / 2; part; part /= 2)
+        if (count & part) __builtin_memcpy(to + at, from + at, part * sizeof(T)), at += part;
 }
 
 // A tile [rows][stride] of results, transposed into y [tokens, y_stride].
@@ -163,4 +223,32 @@ static void put_tokens(const float* tile, int64_t stride, int64_t rows, int64_t 
                 else
                     store_some(y + (t + i) * y_stride + r, reinterpret_cast<const float*>(part + i), down);
         }
+}
+
+// Spans of a tile [rows][stride] of results, whose first position is ``position``, into y [rows, area], float32 or (``narrow``) bfloat16.
+static void put_pixels(const float* tile, int64_t stride, int64_t rows, const Span* first, const Span* end, int64_t position, void* y,
+                       bool narrow, int64_t area) {
+    for (const Span* span = first; span < end; ++span) {
+        const float* from = tile + span->position - position;
+        int64_t to = span->to;
+        if (narrow)
+            for (int64_t r = 0; r < rows; ++r, from += stride, to += area) {
+                int16_t* here = static_cast<int16_t*>(y) + to;
+                if (span->count == kLanes) {
+                    store_narrowed(here, to_narrow(load(from)));
+                } else {
+                    int16_t some[kLanes];
+                    store_narrowed(some, to_narrow(load(from)));
+                    store_some(here, some, span->count);
+                }
+            }
+        else
+            for (int64_t r = 0; r < rows; ++r, from += stride, to += area) {
+                float* here = static_cast<float*>(y) + to;
+                if (span->count == kLanes)
+                    store(here, load(from));
+                else
+                    store_some(here, from, span->count);
+            }
+    }
 }

@@ -1,5 +1,6 @@
 // A product of decoded rows with packed activations, by threads and tiles. Part of decode.cpp.
 
+constexpr int64_t kNear = 1 << 19;  // bytes of activations that all rows are multiplied with in turn: half of a second-level cache
 constexpr int64_t kParallel = 1 << 18;  // multiply-adds below which other threads are not woken
 constexpr int64_t kParallelFew = 1 << 20, kParallelBytes = 1 << 21;  // of few tokens, as floats and as integers
 
@@ -100,25 +101,36 @@ struct Product {
         });
     }
 
-    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done. Returns scratch bytes of all threads.
+    // Parts of the activations that all rows are multiplied with in turn: for each thread where there are fewer tiles, and as they fit a
+    // cache where rows are decoded quickly.
+    int64_t chunks(int64_t blocks, int64_t tiles, int64_t threads) const {
+        const int64_t bytes = vectors * method.level->lanes * weight.cin * 4 / method.per();
+        return std::min(blocks, std::max(tiles < threads ? threads : 1, method.codes ? bytes / kNear : 1));
+    }
+
+    // All of it; sink(results, stride, row, rows, vector, vectors) takes what is done, of at most ``at_once`` rows (whole blocks). Returns
+    // scratch bytes of all threads.
     template <class Sink>
-    int64_t run(Errors* errors, const Sink& sink) const {
+    int64_t run(Errors* errors, int64_t at_once, const Sink& sink) const {
         const int64_t threads = rows * vectors * method.level->lanes * weight.length() > kParallel ? method.threads : 1;
         if (method.codes) sum(threads);
         const int64_t tile = tile_rows(), tiles = (rows + tile - 1) / tile, size = method.level->vectors;
-        const int64_t blocks = (vectors + size - 1) / size, chunks = std::min(blocks, tiles < threads ? threads : 1), jobs = tiles * chunks;
+        const int64_t blocks = (vectors + size - 1) / size, chunks = this->chunks(blocks, tiles, threads), jobs = tiles * chunks;
         std::vector<Scratch> scratch;
         for (int64_t i = 0; i < std::min(threads, jobs); ++i) scratch.push_back(this->scratch(tile));
         const int64_t stride = kMostVectors * method.level->lanes;
         in_parts(jobs, threads, 1, [&](int64_t from, int64_t to, int64_t part) {
             Scratch& s = scratch[part];
             for (int64_t job = from; job < to; ++job) {
-                const int64_t row = job / chunks * tile, count = std::min(tile, rows - row), chunk = job % chunks;
+                const int64_t row = job % tiles * tile, count = std::min(tile, rows - row), chunk = job / tiles;
                 const Tile decoded = fill(row, count, &s);
                 for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
                     const int64_t n = std::min(size, vectors - b * size);
-                    method.level->multiply(planned.plan, decoded, activations, method.wide, b * size, n, s.y.get());
-                    sink(s.y.get(), stride, first_row + row, count, b * size, n);
+                    for (int64_t r = 0; r < count; r += at_once) {
+                        const int64_t some = std::min(at_once, decoded.rows - r);
+                        method.level->multiply(planned.plan, decoded, r, some, activations, method.wide, b * size, n, s.y.get());
+                        sink(s.y.get(), stride, first_row + row + r, std::min(some, count - r), b * size, n);
+                    }
                 }
             }
         });

@@ -63,7 +63,7 @@ Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Ro
         const int64_t first = vector * lanes;
         put_results(*m.level, tile, stride, first, std::min(n * lanes, tokens - first), row, rows, y);
     };
-    const int64_t bytes = product.run(&rounded, sink);
+    const int64_t bytes = product.run(&rounded, kMostTile, sink);
     return {1, ratio_of(lost), ratio_of(rounded), bytes};
 }
 

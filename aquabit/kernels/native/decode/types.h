@@ -103,6 +103,11 @@ struct Strips {
     float* totals;               // [tokens, stride]: of each segment the sum of its inputs, of integers less zero; zeros at the end
 };
 
+// Results at positions [position, position + count), of one vector, go to ``to`` on in a channel of the first sample.
+struct Span {
+    int64_t position, count, to;
+};
+
 // Squares of errors and of what they are errors of.
 struct Errors {
     double error, all;
@@ -112,7 +117,8 @@ struct Level {
     int64_t lanes, rows, vectors;
     bool bytes;  // whether there are products of 8 bits (for codes of up to ``byte_bits`` bits)
     int64_t byte_bits;
-    void (*multiply)(const Plan&, const Tile&, const Activations&, bool wide, int64_t vector, int64_t vectors, float* y);
+    void (*multiply)(const Plan&, const Tile&, int64_t row, int64_t rows, const Activations&, bool wide, int64_t vector, int64_t vectors,
+                     float* y);
     void (*sum)(const Plan&, const Activations&, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors);
     void (*fill_codes)(const Weight&, const Plan&, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
                        int32_t* shift, float* total, int64_t stride);
@@ -120,11 +126,14 @@ struct Level {
                         int64_t stride, Errors*);
     void (*decode_row)(const Weight&, int64_t row, float* room);
     bool (*token_grid)(const float* x, int64_t n, int64_t bits, bool wide, Grid*);
-    bool (*sample_grid)(const float* x, int64_t n, int64_t bits, bool wide, Grid*);
+    bool (*sample_grid)(const void* x, bool narrow, int64_t n, int64_t bits, bool wide, Grid*);
     void (*pack_tokens)(const float* x, int64_t count, int64_t length, const Grid*, bool wide, uint8_t* out, int64_t step_bytes, Errors*);
     void (*quantize_token)(const float* x, int64_t n, const Grid*, uint8_t* out);
-    void (*pack_line)(const float* const* lines, int64_t channels, int64_t count, const Grid* const*, bool wide, int32_t* out, Errors*);
+    void (*pack_line)(const void* const* lines, bool narrow, int64_t channels, int64_t count, const Grid* const*, bool wide, int32_t* out,
+                      Errors*);
     void (*put_tokens)(const float* tile, int64_t stride, int64_t rows, int64_t tokens, float* y, int64_t y_stride);
+    void (*put_pixels)(const float* tile, int64_t stride, int64_t rows, const Span* first, const Span* end, int64_t position, void* y,
+                       bool narrow, int64_t area);
     bool (*serves_strips)(const Weight&, bool bytes);
     void (*cut_strips)(const Weight&, int64_t unit, Strips*);
     bool (*lay_bytes)(const Weight&, const float* token, int64_t bits, int64_t t, int8_t* room, const Strips&);
