@@ -448,4 +448,4 @@ def _coded_conv2d_fake(
     geometry: list[int],
     *_: object,
 ) -> Tensor:
-    return x.new_empty(len(x), shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))
+    return x.new_empty(x.shape[0], shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))

@@ -49,9 +49,8 @@ class _QuantizedSoftmax(TorchFunctionMode):
 def value_layers(module: nn.Module) -> list[nn.Module]:
     """The projections that make V in one attention module (joint attentions have two); none where it is no
     attention."""
-    return [
-        child for name in VALUE_PROJECTIONS if isinstance(child := getattr(module, name, None), nn.Module)
-    ]
+    found = [getattr(module, name, None) for name in VALUE_PROJECTIONS]
+    return [child for child in found if isinstance(child, nn.Module)]
 
 
 def patch_attention_(denoiser: nn.Module) -> None:
@@ -67,15 +66,14 @@ class _Attention:
     belongs to; a bound method would come back as that of the class."""
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module, self.plain = module, type(module).forward
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:  # diffusers reads the signature
-        return MethodType(type(self.module).forward, self.module)
+        return MethodType(self.plain, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self.module).forward
         if all(output_rounding(getattr(v, "act", 16)) == 16 for v in value_layers(self.module)):
-            return forward(self.module, *args, **kwargs)
+            return self.plain(self.module, *args, **kwargs)
         with _QuantizedSoftmax():
-            return forward(self.module, *args, **kwargs)
+            return self.plain(self.module, *args, **kwargs)
