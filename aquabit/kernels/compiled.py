@@ -1,0 +1,122 @@
+"""What compiled code calls: one op a layer, which finds its weight by the handle, and chooses the kernel, when
+it runs. Its calls are prepared as those of a layer are (direct.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, proxy
+
+import torch
+from torch import Tensor
+
+from aquabit.kernels.arranged import Arranged
+from aquabit.kernels.backends import Weight
+from aquabit.kernels.direct import Direct
+from aquabit.kernels.dispatch import (
+    codebook_conv2d,
+    codebook_linear,
+    conv2d_request,
+    format_held,
+    linear_request,
+)
+from aquabit.kernels.geometry import Geometry
+from aquabit.kernels.registry import weight_at
+from aquabit.kernels.request import Accuracy, Request
+from aquabit.scheme import rounding_of
+
+KEPT = 8  # calls of a weight, by their setting and bias: layers that are tied have biases of their own
+
+_calls: WeakKeyDictionary[Arranged, dict[tuple[Any, ...], Direct]] = WeakKeyDictionary()
+
+
+def _directly(
+    x: Tensor, weight: Weight, bias: Tensor | None, setting: tuple[Any, ...], ask: Callable[[Tensor], Request]
+) -> Tensor | None:
+    """What the weight makes of x where a kernel serves it by itself, None elsewhere; ``ask`` makes a request
+    of x, and depends on ``setting``."""
+    if not isinstance(weight, Arranged):
+        return None
+    kept = _calls.setdefault(weight, {})
+    direct = kept.get((id(bias), *setting))  # the call holds the bias: no other has its id meanwhile
+    if direct is None:
+        if len(kept) >= KEPT:
+            kept.clear()
+        direct = kept[id(bias), *setting] = Direct(
+            proxy(weight), bias, ask
+        )  # else a weight would hold itself
+    return direct(x)
+
+
+_library = torch.library.Library("aquabit", "FRAGMENT")
+_library.define(
+    "coded_linear(Tensor x, Tensor? bias, Tensor? dense, Tensor handle, int outputs, str accuracy, int act) ->"
+    " Tensor"
+)
+_library.define(
+    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, Tensor handle, int[] shape, int[] geometry,"
+    " str accuracy, int act, int? split) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "coded_linear", "CompositeExplicitAutograd")
+def _coded_linear(
+    x: Tensor, bias: Tensor | None, dense: Tensor | None, handle: Tensor, _: int, accuracy: Accuracy, act: int
+) -> Tensor:
+    weight, rounding = weight_at(int(handle)), rounding_of(act)
+    y = None
+    if dense is None:
+
+        def ask(x: Tensor) -> Request:
+            return linear_request(x, form, accuracy, rounding)
+
+        form = format_held(weight)
+        y = _directly(x, weight, bias, (accuracy, act), ask)
+    return codebook_linear(x, weight, bias, accuracy, act=rounding, dense=dense) if y is None else y
+
+
+@torch.library.register_fake("aquabit::coded_linear", lib=_library)
+def _coded_linear_fake(
+    x: Tensor, bias: Tensor | None, dense: Tensor | None, handle: Tensor, outputs: int, *_: object
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@torch.library.impl(_library, "coded_conv2d", "CompositeExplicitAutograd")
+def _coded_conv2d(
+    x: Tensor,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    handle: Tensor,
+    _: list[int],
+    geometry: list[int],
+    accuracy: Accuracy,
+    act: int,
+    split: int | None,
+) -> Tensor:
+    weight, rounding, g = weight_at(int(handle)), rounding_of(act), Geometry.of(geometry)
+    y = None
+    if dense is None:
+
+        def ask(x: Tensor) -> Request:
+            return conv2d_request(x, form, g, accuracy, rounding, split)
+
+        form = format_held(weight)
+        y = _directly(x, weight, bias, (accuracy, act, split, *geometry), ask)
+    if y is None:
+        window = (g.stride, g.padding, g.dilation, g.groups)
+        y = codebook_conv2d(x, weight, bias, *window, accuracy, act=rounding, split=split, dense=dense)
+    return y.contiguous()  # as the fake says
+
+
+@torch.library.register_fake("aquabit::coded_conv2d", lib=_library)
+def _coded_conv2d_fake(
+    x: Tensor,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    handle: Tensor,
+    shape: list[int],
+    geometry: list[int],
+    *_: object,
+) -> Tensor:
+    return x.new_empty(x.shape[0], shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))
