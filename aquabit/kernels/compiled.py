@@ -1,5 +1,5 @@
-"""What compiled code calls: one op a layer, which finds its weight by the handle, and chooses the kernel, when
-it runs. Its calls are prepared as those of a layer are (direct.py)."""
+"""What compiled code calls: one op a layer. When it runs it finds the weight by its handle and the kernel by
+the request, and makes prepared calls as a layer does (direct.py)."""
 
 from __future__ import annotations
 
@@ -31,27 +31,31 @@ _calls: WeakKeyDictionary[Arranged, dict[tuple[Any, ...], Direct]] = WeakKeyDict
 
 
 def _directly(
-    x: Tensor, weight: Weight, bias: Tensor | None, setting: tuple[Any, ...], ask: Callable[[Tensor], Request]
+    x: Tensor, weight: Weight, bias: Tensor | None, request: Callable[..., Request], *setting: Any
 ) -> Tensor | None:
-    """What the weight makes of x where a kernel serves it by itself, None elsewhere; ``ask`` makes a request
-    of x, and depends on ``setting``."""
+    """What a weight makes of x where a kernel serves it by itself, None elsewhere; ``request(x, format,
+    *setting)`` is what is asked of kernels."""
     if not isinstance(weight, Arranged):
         return None
-    kept = _calls.setdefault(weight, {})
-    direct = kept.get((id(bias), *setting))  # the call holds the bias: no other has its id meanwhile
+    kept, key = _calls.setdefault(weight, {}), (id(bias), *setting)
+    direct = kept.get(key)
     if direct is None:
         if len(kept) >= KEPT:
             kept.clear()
-        direct = kept[id(bias), *setting] = Direct(
-            proxy(weight), bias, ask
-        )  # else a weight would hold itself
+        form = format_held(weight)
+        # what is kept holds the bias, so that no other has its id, and not the weight, which holds it
+        direct = kept[key] = Direct(proxy(weight), bias, lambda x: request(x, form, *setting))
     return direct(x)
+
+
+def _widened(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
 
 
 _library = torch.library.Library("aquabit", "FRAGMENT")
 _library.define(
-    "coded_linear(Tensor x, Tensor? bias, Tensor? dense, Tensor handle, int outputs, str accuracy, int act) ->"
-    " Tensor"
+    "coded_linear(Tensor x, Tensor? bias, Tensor? dense, Tensor handle, int outputs, str accuracy, int act)"
+    " -> Tensor"
 )
 _library.define(
     "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, Tensor handle, int[] shape, int[] geometry,"
@@ -64,15 +68,10 @@ def _coded_linear(
     x: Tensor, bias: Tensor | None, dense: Tensor | None, handle: Tensor, _: int, accuracy: Accuracy, act: int
 ) -> Tensor:
     weight, rounding = weight_at(int(handle)), rounding_of(act)
-    y = None
-    if dense is None:
-
-        def ask(x: Tensor) -> Request:
-            return linear_request(x, form, accuracy, rounding)
-
-        form = format_held(weight)
-        y = _directly(x, weight, bias, (accuracy, act), ask)
-    return codebook_linear(x, weight, bias, accuracy, act=rounding, dense=dense) if y is None else y
+    y = None if dense is not None else _directly(x, weight, bias, linear_request, accuracy, rounding)
+    if y is None:
+        y = codebook_linear(x, weight, _widened(bias, x), accuracy, act=rounding, dense=dense)
+    return y
 
 
 @torch.library.register_fake("aquabit::coded_linear", lib=_library)
@@ -97,15 +96,11 @@ def _coded_conv2d(
     weight, rounding, g = weight_at(int(handle)), rounding_of(act), Geometry.of(geometry)
     y = None
     if dense is None:
-
-        def ask(x: Tensor) -> Request:
-            return conv2d_request(x, form, g, accuracy, rounding, split)
-
-        form = format_held(weight)
-        y = _directly(x, weight, bias, (accuracy, act, split, *geometry), ask)
+        y = _directly(x, weight, bias, conv2d_request, g, accuracy, rounding, split)
     if y is None:
         window = (g.stride, g.padding, g.dilation, g.groups)
-        y = codebook_conv2d(x, weight, bias, *window, accuracy, act=rounding, split=split, dense=dense)
+        options: dict[str, Any] = {"act": rounding, "split": split, "dense": dense}
+        y = codebook_conv2d(x, weight, _widened(bias, x), *window, accuracy, **options)
     return y.contiguous()  # as the fake says
 
 

@@ -63,9 +63,9 @@ def patch_attention_(denoiser: nn.Module) -> None:
 
 @cache
 def _rounding(plain: type[nn.Module]) -> type[nn.Module]:
-    """A class of attention modules whose softmax is rounded, by the name of its base (``unrounded``). A class,
-    since torch.compile takes modules of one for alike, and those with a forward of their own for different
-    ones: it would compile each block of a model anew."""
+    """A class of attention modules whose softmax is rounded, by the name of its base (``unrounded``). It is a
+    class since torch.compile takes modules of one for alike, and those with a forward of their own for
+    different ones: it would compile each block of a model anew."""
 
     class Rounding(plain):  # type: ignore[misc, valid-type]
         unrounded = plain
