@@ -388,5 +388,6 @@ def _check(x: Tensor, weight: Weight, inputs: int, accuracy: str, ndim: int) -> 
         raise AquabitError(
             f"the input has {inputs} channels, the weight {list(weight.shape)} takes {weight.shape[1]}"
         )
-    if x.device != device_of(weight):
+    # what compiled code is of depends on no tensor of the weight; its ops check them
+    if not torch.compiler.is_compiling() and x.device != device_of(weight):
         raise AquabitError(f"the input is on {x.device}, the weight on {device_of(weight)}; move one of them")

@@ -57,17 +57,19 @@ def patch_attention_(denoiser: nn.Module) -> None:
     """Run every attention module's softmax at 8 bits while one of its V projections has its activations
     quantized to bits."""
     for module in list(denoiser.modules()):
-        if value_layers(module) and not hasattr(type(module), "unrounded"):
-            module.__class__ = _rounding(type(module))
+        kind: Any = type(module)
+        if value_layers(module) and not hasattr(kind, "unrounded"):
+            module.__class__ = _rounding(kind)
+            vars(module).pop("forward", None)  # one of its own would be taken instead
 
 
 @cache
-def _rounding(plain: type[nn.Module]) -> type[nn.Module]:
+def _rounding(plain: Any) -> Any:
     """A class of attention modules whose softmax is rounded, by the name of its base (``unrounded``). It is a
     class since torch.compile takes modules of one for alike, and those with a forward of their own for
     different ones: it would compile each block of a model anew."""
 
-    class Rounding(plain):  # type: ignore[misc, valid-type]
+    class Rounding(plain):
         unrounded = plain
 
         @wraps(plain.forward)  # diffusers reads the signature
@@ -85,7 +87,8 @@ def _rounding(plain: type[nn.Module]) -> type[nn.Module]:
     return Rounding
 
 
-def _revived(plain: type[nn.Module]) -> nn.Module:
+def _revived(plain: Any) -> nn.Module:
     """A module without its state."""
     rounding = _rounding(plain)
-    return rounding.__new__(rounding)
+    made: nn.Module = rounding.__new__(rounding)
+    return made
