@@ -45,8 +45,13 @@ def dit(blocks: int = 2) -> Any:
     )
 
 
+ONE_BLOCK = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 MODELS: dict[str, Callable[[], Any]] = {
-    "SD": tiny.unet,
+    "SD": lambda: tiny.unet(**ONE_BLOCK),
     "SDXL": lambda: tiny.sdxl().unet,
     "DiT": dit,
     "U-Net": tiny.unet_alone,
