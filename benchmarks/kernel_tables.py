@@ -335,6 +335,16 @@ def models_section(rows: Rows) -> str:
     return "\n".join(parts)
 
 
+def ways_section(rows: Rows) -> str:
+    """A line a case, run two ways."""
+    first, second = rows[0]["ms"]
+    head = ["case", f"{first}, ms", f"{second}, ms", f"{first} over {second}", "rounds"]
+    lines = [
+        [r["case"], *(f"{t:.3g}" for t in r["ms"].values()), spread(r["ratio"]), r["rounds"]] for r in rows
+    ]
+    return table(head, lines)
+
+
 def roofline_section(rows: Rows) -> str:
     names = (
         "load_L1_ns",
@@ -440,6 +450,21 @@ ABOUT = {
         ),
     ),
     "bundled": ("Bundled denoisers", "As above, of their classes and sizes."),
+    "sharing": (
+        "Layers that read the same tensor",
+        (
+            "Three such layers, and q, k and v (of cross-attention k and v) of whole denoisers, at usq4 and"
+            " a8: each by itself, which rounds the tensor each time, and as one product of all their outputs,"
+            " which rounds it once. One thread, processor time."
+        ),
+    ),
+    "compiled": (
+        "torch.compile",
+        (
+            "A packed denoiser at usq4 and a8, as it is and compiled by inductor (fullgraph=True). One"
+            " thread, processor time."
+        ),
+    ),
     "roofline": (
         "Bounds",
         (
@@ -456,6 +481,8 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "peers": peers_section,
     "models": models_section,
     "bundled": models_section,
+    "sharing": ways_section,
+    "compiled": ways_section,
     "roofline": roofline_section,
 }
 

@@ -10,6 +10,8 @@ peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (ex
 models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
            codes, memory packed and auto
 bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one thread
+sharing    layers that read the same tensor (q, k, v) as they are, and as one product that rounds it once
+compiled   a bundled denoiser, packed, as it is and by torch.compile
 roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
            reached (after them)
 all        every part
@@ -198,6 +200,18 @@ def bundled(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick, cases=BUNDLED_CASES)
 
 
+def sharing(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_ways import sharing as run
+
+    return run(progress, quick)
+
+
+def compiled(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_ways import compiled as run
+
+    return run(progress, quick)
+
+
 def roofline(progress: Progress, quick: bool) -> Rows:
     from benchmarks.kernel_roofline import roofline as run
 
@@ -211,6 +225,8 @@ PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
     "peers": peers,
     "models": models,
     "bundled": bundled,
+    "sharing": sharing,
+    "compiled": compiled,
     "roofline": roofline,
 }
 

@@ -1,5 +1,6 @@
 """CodebookWeight and the kernels that run it; fused activation fake-quantization and attention."""
 
+from aquabit.kernels import compiled as compiled  # for its operators
 from aquabit.kernels.attention import rounded_attention, rounded_attention_reference
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.dispatch import codebook_conv2d, codebook_linear, select

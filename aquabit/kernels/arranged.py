@@ -61,6 +61,7 @@ class Arranged:
         default_factory=dict, init=False
     )  # what each backend made of it for itself: anything with ``tensors()``
     number: int = field(default=-1, init=False)  # of this very object: registry.py
+    handle: Tensor = field(init=False)  # the same, as compiled code takes it
 
     def __post_init__(self) -> None:
         numbered(self)

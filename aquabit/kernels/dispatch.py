@@ -20,10 +20,10 @@ from aquabit.kernels.backends import BACKENDS, Backend, Weight, backend_named
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import Geometry, Pair, padded, pair
-from aquabit.kernels.registry import numbered, weight_at
+from aquabit.kernels.registry import numbered
 from aquabit.kernels.request import MOST_ROWS, Accuracy, Format, Request, bucket, format_of
 from aquabit.kernels.timings import Table, Timings
-from aquabit.scheme import AquabitError, Rounding, act_code, act_text, rounding_of
+from aquabit.scheme import AquabitError, Rounding, act_code, act_text
 
 REMEMBERED = 4096  # requests: of every layer of a large model, at some sizes
 FEW = 4  # tokens up to which the weight, not the arithmetic, takes the time
@@ -241,10 +241,10 @@ def codebook_linear(
     accuracies or backends that do not fit.
     """
     _check(x, weight, x.shape[-1] if x.ndim else 0, accuracy, 2)
-    number = _compiled(weight, backend)
-    if number is not None:
+    handle = _compiled(weight, backend)
+    if handle is not None:
         return torch.ops.aquabit.coded_linear(
-            x, bias, dense, number, weight.shape[0], accuracy, act_code(act)
+            x, bias, dense, handle, weight.shape[0], accuracy, act_code(act)
         )
     own, form = _known(weight)
     request = linear_request(x, form, accuracy, act, dense is not None)
@@ -300,10 +300,10 @@ def codebook_conv2d(
             f"an image of {x.shape[2]} x {x.shape[3]} with padding {edges} is smaller than a kernel of"
             f" {list(weight.shape[2:])} with dilation {spread}"
         )
-    number = _compiled(weight, backend)
-    if number is not None:
+    handle = _compiled(weight, backend)
+    if handle is not None:
         y: Tensor = torch.ops.aquabit.coded_conv2d(
-            x, bias, dense, number, weight.shape, geometry.numbers, accuracy, act_code(act), split
+            x, bias, dense, handle, weight.shape, geometry.numbers, accuracy, act_code(act), split
         )
         return y
     own, form = _known(weight)
@@ -314,10 +314,10 @@ def codebook_conv2d(
     return chosen.conv2d(x, own, bias, request, dense)
 
 
-def _compiled(weight: Weight, backend: str | None) -> int | None:
-    """The number of a weight while torch.compile traces: compiled code calls one op, which chooses when it
-    runs. None elsewhere."""
-    return getattr(weight, "number", None) if torch.compiler.is_compiling() and backend is None else None
+def _compiled(weight: Weight, backend: str | None) -> Tensor | None:
+    """The handle of a weight while torch.compile traces: compiled code calls one op (compiled.py), which
+    chooses when it runs. None elsewhere."""
+    return getattr(weight, "handle", None) if torch.compiler.is_compiling() and backend is None else None
 
 
 def linear_request(
@@ -388,64 +388,6 @@ def _check(x: Tensor, weight: Weight, inputs: int, accuracy: str, ndim: int) -> 
         raise AquabitError(
             f"the input has {inputs} channels, the weight {list(weight.shape)} takes {weight.shape[1]}"
         )
-    if x.device != device_of(weight):
+    # what compiled code is of depends on no tensor of the weight; its ops check them
+    if not torch.compiler.is_compiling() and x.device != device_of(weight):
         raise AquabitError(f"the input is on {x.device}, the weight on {device_of(weight)}; move one of them")
-
-
-# ---- what compiled code calls
-
-_library = torch.library.Library("aquabit", "FRAGMENT")
-_library.define(
-    "coded_linear(Tensor x, Tensor? bias, Tensor? dense, int number, int outputs, str accuracy, int act) ->"
-    " Tensor"
-)
-_library.define(
-    "coded_conv2d(Tensor x, Tensor? bias, Tensor? dense, int number, int[] shape, int[] geometry,"
-    " str accuracy, int act, int? split) -> Tensor"
-)
-
-
-@torch.library.impl(_library, "coded_linear", "CompositeExplicitAutograd")
-def _coded_linear(
-    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, _: int, accuracy: Accuracy, act: int
-) -> Tensor:
-    return codebook_linear(x, weight_at(number), bias, accuracy, act=rounding_of(act), dense=dense)
-
-
-@torch.library.register_fake("aquabit::coded_linear", lib=_library)
-def _coded_linear_fake(
-    x: Tensor, bias: Tensor | None, dense: Tensor | None, number: int, outputs: int, *_: object
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
-
-
-@torch.library.impl(_library, "coded_conv2d", "CompositeExplicitAutograd")
-def _coded_conv2d(
-    x: Tensor,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    number: int,
-    _: list[int],
-    geometry: list[int],
-    accuracy: Accuracy,
-    act: int,
-    split: int | None,
-) -> Tensor:
-    g = Geometry.of(geometry)
-    window = (g.stride, g.padding, g.dilation, g.groups)
-    options: dict[str, Any] = {"act": rounding_of(act), "split": split, "dense": dense}
-    y = codebook_conv2d(x, weight_at(number), bias, *window, accuracy, **options)
-    return y.contiguous()  # as the fake says
-
-
-@torch.library.register_fake("aquabit::coded_conv2d", lib=_library)
-def _coded_conv2d_fake(
-    x: Tensor,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    number: int,
-    shape: list[int],
-    geometry: list[int],
-    *_: object,
-) -> Tensor:
-    return x.new_empty(len(x), shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))

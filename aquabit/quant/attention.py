@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,33 +49,46 @@ class _QuantizedSoftmax(TorchFunctionMode):
 def value_layers(module: nn.Module) -> list[nn.Module]:
     """The projections that make V in one attention module (joint attentions have two); none where it is no
     attention."""
-    return [
-        child for name in VALUE_PROJECTIONS if isinstance(child := getattr(module, name, None), nn.Module)
-    ]
+    found = [getattr(module, name, None) for name in VALUE_PROJECTIONS]
+    return [child for child in found if isinstance(child, nn.Module)]
 
 
 def patch_attention_(denoiser: nn.Module) -> None:
     """Run every attention module's softmax at 8 bits while one of its V projections has its activations
     quantized to bits."""
     for module in list(denoiser.modules()):
-        if value_layers(module):
-            module.forward = _Attention(module)
+        kind: Any = type(module)
+        if value_layers(module) and not hasattr(kind, "unrounded"):
+            module.__class__ = _rounding(kind)
+            vars(module).pop("forward", None)  # one of its own would be taken instead
 
 
-class _Attention:
-    """The forward of an attention module. An object, which copying and pickling keep with the module that it
-    belongs to; a bound method would come back as that of the class."""
+@cache
+def _rounding(plain: Any) -> Any:
+    """A class of attention modules whose softmax is rounded, by the name of its base (``unrounded``). It is a
+    class since torch.compile takes modules of one for alike, and those with a forward of their own for
+    different ones: it would compile each block of a model anew."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    class Rounding(plain):
+        unrounded = plain
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:  # diffusers reads the signature
-        return MethodType(type(self.module).forward, self.module)
+        @wraps(plain.forward)  # diffusers reads the signature
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if all(output_rounding(getattr(v, "act", 16)) == 16 for v in value_layers(self)):
+                return super().forward(*args, **kwargs)
+            with _QuantizedSoftmax():
+                return super().forward(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = type(self.module).forward
-        if all(output_rounding(getattr(v, "act", 16)) == 16 for v in value_layers(self.module)):
-            return forward(self.module, *args, **kwargs)
-        with _QuantizedSoftmax():
-            return forward(self.module, *args, **kwargs)
+        def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles find the base by its name
+            return _revived, (plain,), self.__getstate__()
+
+    Rounding.__name__, Rounding.__qualname__ = plain.__name__, plain.__qualname__
+    Rounding.__module__, Rounding.__doc__ = plain.__module__, plain.__doc__
+    return Rounding
+
+
+def _revived(plain: Any) -> nn.Module:
+    """A module without its state."""
+    rounding = _rounding(plain)
+    made: nn.Module = rounding.__new__(rounding)
+    return made

@@ -193,8 +193,10 @@ class _QuantLayer(nn.Module):
     def _check_shared(self, packed: CodebookWeight | Arranged) -> None:
         """Raise AquabitError where shared codebooks were lost: diffusers writes each group of layers to disk
         after it has emptied the tensors of those before."""
+        if torch.compiler.is_compiling():
+            return
         kept, there = self._shared, packed.codebook_values
-        if kept is None or there is None or torch.compiler.is_compiling():
+        if kept is None or there is None:
             return
         same = kept.untyped_storage()._cdata == there.untyped_storage()._cdata
         if not same and not torch.equal(kept, there.to(kept.device)):
@@ -213,9 +215,6 @@ class _QuantLayer(nn.Module):
         self.bias = None if self.bias is None else self.bias.to(dtype)
         if self.packed is None:  # else it is what says what to compute in
             self.weight = self.weight.to(dtype)
-
-    def bias_for(self, x: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(x.dtype)
 
     def dense_for(self, x: Tensor) -> Tensor | None:
         alike = self.dense is not None and self.dense.dtype == x.dtype and self.dense.device == x.device
@@ -319,8 +318,8 @@ class QuantLinear(_QuantLayer):
         return self.act_output
 
     def _product(self, x: Tensor, place: Tied | None) -> Tensor:
-        act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         given, beside, packed = x, self.branches if place is None else [], self.packed
+        act, bias = self.act, _bias_for(x, (place or self).bias, packed is not None)
         if packed is None or self.ranges is not None:  # kernels know dynamic ranges only
             x, act = self.quantized_input(x, act), 16
         if packed is not None and self._shared is not None:
@@ -380,8 +379,8 @@ class QuantConv2d(_QuantLayer):
         return conv2d_request(x, format_held(weight), geometry, self.accuracy, self.act, self.split)
 
     def _product(self, x: Tensor, place: Tied | None) -> Tensor:
-        act, bias = self.act, self.bias_for(x) if place is None else place.bias_for(x)
         given, beside, packed = x, self.branches if place is None else [], self.packed
+        act, bias = self.act, _bias_for(x, (place or self).bias, packed is not None)
         geometry: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
         if packed is None or self.ranges is not None:
             x, act = self.quantized_input(x, act), 16
@@ -395,6 +394,14 @@ class QuantConv2d(_QuantLayer):
         for part in beside:
             y = y + part.conv2d(given, *geometry)
         return y
+
+
+def _bias_for(x: Tensor, bias: Tensor | None, coded: bool) -> Tensor | None:
+    """A bias in the dtype of x; as it is kept where compiled code calls a kernel with it: what prepares the
+    kernel's calls knows it by its identity, and widens it."""
+    if bias is None or (coded and torch.compiler.is_compiling()):
+        return bias
+    return bias.to(x.dtype)
 
 
 def _padding(values: str | tuple[int, ...]) -> str | tuple[int, int]:
@@ -433,9 +440,6 @@ class Tied(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.layer.weight
-
-    def bias_for(self, x: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(x.dtype)
 
     def plain_layer(self, memo: dict[int, Any]) -> nn.Module:
         """As that of a quantized layer."""

@@ -399,4 +399,4 @@ def _decode_conv2d_fake(
     x: Tensor, bias: Tensor | None, weight: int, shape: list[int], geometry: list[int], *_: object
 ) -> Tensor:
     size = Geometry.of(geometry).output(x.shape[2:], shape[2:])
-    return x.new_empty(len(x), shape[0], *size).contiguous(memory_format=_memory_format(x))
+    return x.new_empty(x.shape[0], shape[0], *size).contiguous(memory_format=_memory_format(x))

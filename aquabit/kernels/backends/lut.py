@@ -225,7 +225,7 @@ def _conv2d_cpu(
 def _conv2d_fake(
     x: Tensor, bias: Tensor | None, weight: int, shape: list[int], geometry: list[int], *_: object
 ) -> Tensor:
-    return x.new_empty(len(x), shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))
+    return x.new_empty(x.shape[0], shape[0], *Geometry.of(geometry).output(x.shape[2:], shape[2:]))
 
 
 def _known(level: int) -> int:
