@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aquabit.activation_bits import Rounding
 from aquabit.kernels import fake_quantize
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends import Weight, backend_named
@@ -138,7 +139,7 @@ class Layer:
         return self.weight.nbytes if isinstance(self.weight, Arranged) else self.coded.nbytes
 
 
-def request(layer: Layer, x: Tensor, accuracy: Any = "fast", act: int = 16) -> Request:
+def request(layer: Layer, x: Tensor, accuracy: Any = "fast", act: Rounding = 16) -> Request:
     form = format_of(layer.weight)
     if x.ndim == 4:
         return conv2d_request(x, form, layer.geometry, accuracy, act, None)
@@ -154,7 +155,7 @@ def contenders(layer: Layer, x: Tensor, bias: Tensor) -> dict[str, Run]:
     }
 
 
-def call(layer: Layer, x: Tensor, bias: Tensor, backend: str, accuracy: Any, act: int) -> Run:
+def call(layer: Layer, x: Tensor, bias: Tensor, backend: str, accuracy: Any, act: Rounding) -> Run:
     """A layer's call as a model makes it, where that kernel is the fastest that is known."""
     shape, g = layer.shape, layer.geometry
     plain = (
@@ -169,8 +170,8 @@ def call(layer: Layer, x: Tensor, bias: Tensor, backend: str, accuracy: Any, act
     return lambda: context.run(own, x)
 
 
-def expected(layer: Layer, x: Tensor, bias: Tensor, act: int) -> Tensor:
-    """The layer in float64, of activations rounded to ``act`` bits."""
+def expected(layer: Layer, x: Tensor, bias: Tensor, act: Rounding) -> Tensor:
+    """The layer in float64, of activations rounded as ``act`` says."""
     x = fake_quantize(x, act, "sample" if x.ndim == 4 else "token").double()
     weight = layer.decoded.double()
     return (

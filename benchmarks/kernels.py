@@ -4,6 +4,7 @@ linear     DiT-XL/2's layers at 1, 256 and 1024 tokens, one and two threads, aga
            bfloat16, with errors against float64
 conv       convolutions of U-Nets: 3 x 3, 1 x 1, of stride 2 and in groups, against oneDNN in float32 (the
            better of two layouts) and bfloat16
+groups     formats with a scale for each 16, 32 or 64 weights in a row, against uniform codes of their bits
 attention  attention with rounded probabilities against torch's own in float32 and bfloat16, and against its
            form in torch
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
@@ -185,6 +186,12 @@ def attention(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick)
 
 
+def groups(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_groups import groups as run
+
+    return run(progress, quick)
+
+
 def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     from benchmarks.kernel_models import models as run
 
@@ -221,6 +228,7 @@ def roofline(progress: Progress, quick: bool) -> Rows:
 PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
     "linear": linear,
     "conv": conv,
+    "groups": groups,
     "attention": attention,
     "peers": peers,
     "models": models,

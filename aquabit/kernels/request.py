@@ -51,14 +51,16 @@ class Format(_Hashed):
     scales: int | None  # groups of inputs with a scale each, 1 for one a row; None where nothing is scaled
     offset: bool
     unarranged: str | None = None
+    levels: Levels = "uniform"  # what codes stand for by definition: some are multiplied as integers
     __hash__ = _Hashed.__hash__
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         scales = "" if self.scales is None else f" s{self.scales}"
+        levels = "" if self.levels == "uniform" else f" {self.levels}"
         return (
             f"{size} {self.tables}{self.codebooks}x{self.bits}g{self.group}"
-            f" {self.order}{scales}{'o' if self.offset else ''}"
+            f" {self.order}{scales}{'o' if self.offset else ''}{levels}"
         )
 
     @property
@@ -144,7 +146,7 @@ def format_of_layout(layout: Layout, shape: tuple[int, ...]) -> Format:
         tables = layout.tables
     offset = layout.offset or layout.tables == "signed"
     code = (layout.bits, layout.codebooks, layout.group, layout.order)
-    return Format(shape, *code, tables, layout.scales, offset)
+    return Format(shape, *code, tables, layout.scales, offset, levels=layout.levels)
 
 
 @dataclass(frozen=True)

@@ -38,19 +38,21 @@ Run = Callable[[], object]
 
 def random_weight(form: Format, device: str = "cpu", seed: int = 0) -> CodebookWeight:
     """A weight of that format with random codes, codebooks and scales: no kernel's time depends on the
-    numbers."""
+    numbers, but for levels that a format is defined by."""
     rng = torch.Generator().manual_seed(seed)
     out, row = form.shape[0], prod(form.shape[1:])
     groups = form.shape[1] if form.order == "kernel" else -(-row // form.group)
     codes = torch.randint(0, 1 << form.bits, (groups, form.codebooks, out), generator=rng, dtype=torch.int32)
-    count = {"uniform": 0, "shared": 1, "channel": out}[form.tables]
+    own = form.levels == "uniform"
+    count = {"uniform": 0, "shared": 1, "channel": out}[form.tables] if own else 0
     tables = torch.randn(count, form.codebooks, 1 << form.bits, form.group, generator=rng) if count else None
     many = [out, form.scales] if form.scales and form.scales > 1 else [out]
     scale = None if form.scales is None else torch.rand(many, generator=rng) * 0.01 + 0.001
-    offset = torch.rand(many, generator=rng) * 0.01 if form.offset else None
-    return CodebookWeight.from_codes(codes, tables, scale, offset, form.shape, form.bits, form.order).to(
-        device
+    offset = torch.rand(many, generator=rng) * 0.01 if form.offset and own else None
+    weight = CodebookWeight.from_codes(
+        codes, tables, scale, offset, form.shape, form.bits, form.order, form.levels
     )
+    return weight.to(device)
 
 
 def random_input(request: Request, seed: int = 1) -> Tensor:

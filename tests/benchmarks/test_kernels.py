@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import kernel_groups
 from benchmarks import kernel_tables as tables
 from benchmarks.kernel_roofline import Machine, bound, work
 from benchmarks.kernel_timing import (
@@ -175,6 +176,25 @@ def test_attention_has_its_figures_and_tables() -> None:
     text = tables.attention_section(rows)
     assert "### 8 heads of 64, 2 threads" in text and "| 4,096 | rounded, float32 | 0.714 | 60 |" in text
     assert "| 1,024 | torch, not rounded, float32 |" in text
+
+
+def test_groups_have_their_figures_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_groups, "SHAPES", {"8 -> 8": (8, 64, ("mxfp4", "q5_0"))})
+    monkeypatch.setattr(kernel_groups, "SHORTEST", 0.0)
+    rows = kernel_groups.groups(lambda *_: None, quick=True)
+    assert {r["format"] for r in rows} == {"usq4", "usq5", "mxfp4", "q5_0"} and len(rows) == 4 * 2 * 3
+    assert all(r["error"] < (1e-6 if r["kernel"] != "decode a16" else 1e-3) for r in rows)
+    assert next(r["bits"] for r in rows if r["format"] == "mxfp4") == 4.25
+    for row in rows:
+        if "over_uniform" in row:
+            middle = 0.5 if (row["format"], row["kernel"]) == ("mxfp4", "decode i8") else 1.0
+            row["over_uniform"] = {"median": middle, "low": middle, "high": middle}
+    found = {f["claim"]: f for f in tables.figures({"groups": {"rows": rows}})}
+    claim = "scales of groups over usq of their bits, 8 -> 8, "
+    assert found[claim + "a8"]["met"] and not found[claim + "i8"]["met"]
+    assert found[claim + "i8"]["where"].startswith("mxfp4")
+    text = tables.groups_section(rows)
+    assert text.count("###") == 2 and text.count("| mxfp4 | 4.25 |") == 2 and "0.50 (0.50 to 0.50)" in text
 
 
 def test_which_formats_figures_speak_of() -> None:

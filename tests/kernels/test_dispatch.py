@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from aquabit import quantize_weight
 from aquabit.kernels import CodebookWeight, codebook_conv2d, codebook_linear, dispatch, fake_quantize, timings
 from aquabit.kernels import time_requests as measuring
 from aquabit.kernels.arranged import Arranged, arrange
@@ -29,7 +30,8 @@ from aquabit.kernels.registry import weight_at
 from aquabit.kernels.request import Format, Request, bucket, empty_like, format_of
 from aquabit.kernels.time_requests import measure, random_weight
 from aquabit.kernels.timings import Timings
-from aquabit.scheme import AquabitError, Rounding
+from aquabit.quant.kernel_tuning import format_for
+from aquabit.scheme import AquabitError, Rounding, Scheme
 
 USQ = Format((24, 16), 4, 1, 1, "inputs", "uniform", 1, True)
 AQ = Format((24, 16), 4, 2, 8, "inputs", "shared", 1, False)
@@ -460,3 +462,16 @@ def test_compiled_layers_have_no_graph_breaks_and_choose_as_they_run(
 
 def test_the_weight_type_is_public() -> None:
     assert isinstance(random_weight(USQ), CodebookWeight)
+
+
+def test_levels_of_formats_are_timed_as_they_are() -> None:
+    """Which of them are whole numbers decides which kernel is fastest."""
+    schemes = ("mxfp4", "iq4_nl", "nf4g64", "int4g32", "usq4g32", "q4_K")
+    weights = {s: quantize_weight(torch.randn(8, 256), s) for s in schemes}
+    forms = {s: format_of(w) for s, w in weights.items()}
+    assert len({str(f) for f in forms.values()}) == len(schemes) - 1  # q4_K is arranged as usq4g32 is
+    for scheme, form in forms.items():
+        assert form == format_for(Scheme.parse(scheme), (8, 256)) == format_of(held(weights[scheme]))
+        made = random_weight(form)
+        assert made.levels == weights[scheme].levels and made.dequantize().isfinite().all()
+        assert format_of(made) == form

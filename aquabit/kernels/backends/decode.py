@@ -2,9 +2,12 @@
 
 Three ways, by what is asked:
 
-- *bytes*: uniform codes (usq) with activations of at most 8 bits or "i8". Both are integers as they stand:
-  activations are quantized as ``fake_quantize`` does, products of 8 bits are summed in int32, so the result
-  is exact to float32 rounding, whatever the accuracy.
+- *bytes*: codes that are whole numbers of 8 bits (uniform and signed ones, e2m1, iq4_nl: native/decode/
+  integers.h) with activations of at most 8 bits or "i8". Activations are quantized as ``fake_quantize`` does,
+  products of 8 bits are summed in int32 over the inputs that share a scale, and these sums in float32, so the
+  result is exact to float32 rounding, whatever the accuracy. (Of groups of at most 128 inputs, what tokens'
+  zero points differ by is taken off in float32, up to 64 steps from their middle: 1e-5 was lost where all
+  codes had one sign and all inputs but two were zero, 1e-6 or less elsewhere.)
 - *shorts*: everything else under "fast": weights as 16-bit integers of one scale per row (decoded, scale and
   offset included), the
   activations' integers, or, unquantized, 15 bits per token or sample. What the rounding loses is measured in
@@ -190,7 +193,7 @@ class _Prepared:
 
     native: Any
     shape: tuple[int, ...]
-    scalar: bool  # uniform codes: they are integers as they stand
+    integers: bool  # codes are multiplied as integers with activations that are
     single: bool  # codes of single weights, which tokens meet as they lie
     addresses: tuple[int, ...]  # of the weight's tensors then
 
@@ -213,9 +216,8 @@ def _prepared(weight: Arranged) -> _Prepared:
     """What the extension has of a weight, made once."""
     found, addresses = weight.derived.get("decode"), weight.addresses
     if found is None or found.addresses != addresses:
-        found = _Prepared(
-            _native.DecodeWeight(weight), weight.shape, weight.tables is None, weight.scalar, addresses
-        )
+        native = _native.DecodeWeight(weight)
+        found = _Prepared(native, weight.shape, native.integers, weight.scalar, addresses)
         weight.derived["decode"] = found
     assert isinstance(found, _Prepared)
     return found
@@ -225,7 +227,7 @@ def _ways(own: _Prepared, tokens: int, act: int, exact: bool) -> tuple[bool, boo
     """Whether tokens are multiplied row by row, and whether the kernel rounds them, as the code ``act``
     says."""
     few = tokens <= (2 * FEW if own.single else FEW) and own.shape[1] <= LONGEST
-    return few, _integers(act) and (own.scalar or not (few or exact))
+    return few, _integers(act) and (own.integers or not (few or exact))
 
 
 # ---- Calls by addresses
@@ -261,7 +263,7 @@ def decode_conv2d_raw(
     """``decode_conv2d`` of images of such sizes, rounded by the code ``act``, float32 or (``narrow``)
     bfloat16; None where tiles of floats serve."""
     own, fused = _prepared(weight), _integers(act)
-    if exact and not (fused and own.scalar):
+    if exact and not (fused and own.integers):
         return None
     conv2d, numbers, bits = own.native.conv2d, geometry.numbers, act if fused else 16
     parted = (split or 0) if fused else 0
@@ -358,7 +360,7 @@ def _decode_conv2d_cpu(
     if 0 in size:
         return x.new_empty(size)
     fused, rounding = _integers(act), rounding_of(act)  # fused: the kernel quantizes
-    if not exact or (fused and own.scalar):
+    if not exact or (fused and own.integers):
         image, narrow = x if fused else fake_quantize(x, rounding, "sample", split or None), _narrow(x, bias)
         if narrow:
             image, added = image.contiguous(), None if bias is None else bias.contiguous()

@@ -300,6 +300,25 @@ INLINE V shuffled(V a, V b, Ints from) {
 #endif
 }
 
+// 16 bytes in every 16 of a vector, and byte by byte those that ``codes`` below 16 choose.
+INLINE Bytes repeat_sixteen(const uint8_t* x) {
+    Bytes all;
+    for (int i = 0; i < kBytes; i += 16) __builtin_memcpy(reinterpret_cast<char*>(&all) + i, x, 16);
+    return all;
+}
+
+INLINE Bytes look_up(Bytes table, Bytes codes) {
+#if AQUABIT_LEVEL == 4
+    return (Bytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
+#elif AQUABIT_LEVEL == 3
+    return (Bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
+#else
+    Bytes found;
+    for (int i = 0; i < kBytes; ++i) found[i] = table[codes[i]];
+    return found;
+#endif
+}
+
 // kLanes vectors of dwords, as a square, transposed.
 template <class V>
 INLINE void transpose(V* v) {

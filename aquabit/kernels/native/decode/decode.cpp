@@ -23,6 +23,7 @@
 #include "../geometry.h"
 #include "../memory.h"
 #include "../processor.h"
+#include "integers.h"
 #include "plan.h"
 #include "types.h"
 
@@ -54,9 +55,11 @@ class DecodeWeight {
         if (none && !a.scalar()) throw nb::value_error("a weight without codebooks has one code for each of its values");
         const float* tables = arrays_.take<float>(weight, "tables", {sets, a.books, codewords, a.group});
         const float* offset = arrays_.take<float>(weight, "offset", {a.out, a.scales});
-        weight_ = {a.codes, tables, a.scale, offset, nullptr, a.segments.data(), static_cast<int64_t>(a.segments.size()),
-                   a.row_bytes, a.out, a.cin, a.area, a.bits, a.books, a.group, a.fused, a.kernel_order, sets, codewords, a.scales,
-                   offset ? a.scales : 0};
+        stretches_ = stretches_of(a.segments, a.fused, a.cin);
+        weight_ = {a.codes, tables, a.scale, offset, nullptr, a.segments.data(), stretches_.data(), static_cast<int64_t>(a.segments.size()),
+                   static_cast<int64_t>(stretches_.size()), a.row_bytes, a.out, a.cin, a.area, a.bits, a.books, a.group, a.fused, a.kernel_order, sets, codewords, a.scales,
+                   offset ? a.scales : 0, {}};
+        weight_.integers = integers_of(weight_, levels_);
     }
     DecodeWeight(const DecodeWeight&) = delete;
 
@@ -90,6 +93,9 @@ class DecodeWeight {
         decoded_rows(level_at(level), weight_, first, last, threads, pointer<float>(y));
     }
 
+    // Whether codes are multiplied as integers with activations that are.
+    bool integers() const { return weight_.integers.there; }
+
   private:
     // With a bias, of bfloat16 (``narrow``; as float32 in ``room`` then) or of float32, or none (0).
     Weight with(uintptr_t bias, bool narrow, int64_t level, float* room) const {
@@ -105,6 +111,8 @@ class DecodeWeight {
     Arranged arranged_;
     Shape shape_;
     Arrays arrays_;
+    std::vector<Segment> stretches_;
+    uint8_t levels_[16];
     Weight weight_;
 };
 
@@ -119,5 +127,6 @@ void define_decode(nb::module_& m) {
              "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def("conv2d", &DecodeWeight::conv2d, "x"_a, "y"_a, "bias"_a, "sizes"_a, "geometry"_a, "split"_a, "act"_a, "threads"_a, "level"_a,
              "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("integers", &DecodeWeight::integers)
         .def("rows", &DecodeWeight::rows, "first"_a, "last"_a, "y"_a, "threads"_a, "level"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -31,8 +31,8 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
     for (int64_t n = 0; n < w.segment_count; ++n) {
         const Segment& s = w.segments[n];
         int32_t products[kDotRows + 1];
-        dot_segment(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.bits <= 7, products);
-        const double scale = scale_at(w, row, s.scales) / double(w.step()), shifted = offset_at(w, row, s.scales) + scale * w.center();
+        dot_segment(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.integers.bits <= 7, products);
+        const double scale = scale_at(w, row, s.scales) * w.integers.unit, shifted = shifted_at(w, row, s.scales);
         for (int64_t t = 0; t < tokens; ++t)
             result[t] += static_cast<float>(scale) * (products[t] - grids[t].zero * products[tokens]) +
                          static_cast<float>(shifted) * (sums[n * tokens + t] - grids[t].zero * static_cast<int32_t>(s.count));
@@ -42,10 +42,10 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
         y[t * y_stride] = (w.bias ? w.bias[row] : 0) + grids[t].scale * (result[t] + grids[t].rest * static_cast<float>(total));
 }
 
-// Row ``row`` of uniform codes times quantized tokens [tokens, cin]; ``sums`` [segments, tokens] of their integers.
+// Row ``row`` of codes as integers times quantized tokens [tokens, cin]; ``sums`` [segments, tokens] of their integers.
 static void dot_codes(const Weight& w, int64_t row, const uint8_t* x, const Grid* grids, const int32_t* sums, int64_t tokens, int8_t* room,
                       float* y, int64_t y_stride) {
-    expand_row(w, row, w.step(), w.center(), room);
+    expand_integers(w, row, room);
     if (tokens == 1)
         dot_codes_of(w, row, x, grids, sums, 1, room, y, y_stride);
     else if (tokens == 2)

@@ -127,20 +127,15 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
     if (!images.usable || ratio_of(images.errors) > kMostLost) return {0, ratio_of(images.errors), 0, 0};
     const int64_t vectors = static_cast<int64_t>(l.starts.size()), lanes = m.level->lanes, positions = vectors * lanes;
     const int64_t ranges = c.split ? 2 : 1, area = c.out_height * c.out_width, rows = w.out / c.groups;
-    std::vector<float> scale(ranges * positions), rest(ranges * positions);
-    std::vector<int32_t> zero(ranges * positions);
-    for (int64_t i = 0; i < ranges * positions; ++i) {
-        const Grid& grid = images.grids[i / positions * c.samples + l.sample[i % positions / lanes]];
-        scale[i] = grid.scale, rest[i] = grid.rest, zero[i] = grid.zero * 0x00800001;
-    }
+    const Positions own(ranges, positions,
+                        [&](int64_t range, int64_t i) { return &images.grids[range * c.samples + l.sample[i / lanes]]; });
     int64_t bytes = 0;
     for (int64_t group = 0; group < c.groups; ++group) {
         Planned planned;
         const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
         make_plan(w, {l.taps, l.step_bytes, group * l.group_bytes / l.step_bytes, split}, m.per(), m.limit, m.by_scale, &planned);
         const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
-        const Activations a = {images.values.get(), l.starts.data(), l.step_bytes, positions,
-                               scale.data(),        rest.data(),     zero.data(),  sums.get()};
+        const Activations a = own.activations(images.values.get(), l.starts.data(), l.step_bytes, sums.get(), planned.plan, w.length());
         const Product product = {m, w, planned, a, vectors, group * rows, rows};
         const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t count, int64_t vector, int64_t n) {
             const Span *first = l.spans.data() + l.first_span[vector], *end = l.spans.data() + l.first_span[vector + n];

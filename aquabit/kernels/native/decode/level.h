@@ -4,116 +4,155 @@
 // pixels. Weights lie row after row as they are decoded, and are broadcast. So a tile of weights can be as low as one block of rows, is
 // never transposed, and a convolution reads each tap at an offset of its own.
 
-constexpr int kRows = AQUABIT_LEVEL == 4 ? 6 : 4, kVectors = AQUABIT_LEVEL == 4 ? 4 : 2;  // of a block
+// kRows rows times kVectors vectors of positions are multiplied at once. Their sums over all runs stay in registers beside those of one
+// run, since a run may be as short as a group of 16 inputs. Products of all kinds share two ports of the processor: a run of n inputs
+// costs n / 4 integer ones, one with its scale, one with its offset where there are any, and one with zero points that are apart.
+constexpr int kRows = AQUABIT_LEVEL == 4 ? 6 : 4, kVectors = 2;
 
-// Adds the products of ``steps`` dwords of kRows rows with those of ``vectors`` vectors of positions. ``wide`` and ``vectors`` are constants
-// where this is called, and not of a template: of that, other products were rounded before they are added, and it took 3 % longer.
-INLINE void add_products(const uint8_t* const* starts, int64_t from, int64_t step_bytes, const uint8_t* w, int64_t row_bytes, int64_t steps,
-                         const bool wide, const int vectors, Ints acc[kRows][kVectors]) {
-    for (int64_t step = 0; step < steps; ++step, w += 4, from += step_bytes) {
-        Ints x[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) x[v] = load_ints(starts[v] + from);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            Ints weight = broadcast(w + r * row_bytes);
-#if AQUABIT_LEVEL >= 2
-            if (vectors > 1) asm("" : "+v"(weight));  // one broadcast, not one in each product
+// Rows of a block, by once, three and five times their distance: as few registers as that needs.
+struct Far {
+    int64_t one, three = 3 * one, five = 5 * one;
+    const uint8_t* at(const uint8_t* first, int row) const {
+        return row == 3 ? first + three : row == 5 ? first + five : first + row * one;
+    }
+};
+
+// Makes a compiler load what follows after what comes before, and keep addresses out of vector registers: gcc moves what only the end of
+// a run needs before its products, and loads their inputs again for each (half as fast).
+INLINE void end_of_run() {
+#if AQUABIT_LEVEL == 4
+    asm volatile("" ::: "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+                 "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19");
 #endif
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) acc[r][v] = dot(acc[r][v], x[v], weight, wide);
-        }
-    }
 }
-
-// What run ``i`` adds to its range's ``sums`` [kRows][kVectors] (``first``: begins them with): its products, less zero points times the
-// weights, at its scale, and what offsets add. A function of its own: in the one that multiplies it cost that its registers.
-static NOT_INLINE void add_run(const Tile& tile, int64_t row, const Activations& a, bool wide, int64_t i, int64_t number, int64_t at,
-                               int64_t vectors, bool first, const Ints* products, Floats* sums) {
-    const float *factor = tile.factor + i * tile.rows + row, *offset = tile.offset ? tile.offset + i * tile.rows + row : nullptr;
-    const int32_t* shift = tile.shift + i * tile.rows + row;
-    for (int64_t v = 0; v < vectors; ++v) {
-        const Ints zero = wide ? Ints{} : load_ints(a.zero + number * a.positions + at + v * kLanes);
-        const Floats inputs = offset ? load(a.sums + i * a.positions + at + v * kLanes) : Floats{};
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            Ints product = products[r * kVectors + v];
-            if (!wide) product = dot(product, zero, splat_int(shift[r]), true);  // one more step, of 16 bits
-            Floats value = to_floats(product) * factor[r];
-            if (!first) value += sums[r * kVectors + v];
-            if (offset) value += inputs * offset[r];
-            sums[r * kVectors + v] = value;
-        }
-    }
-}
-
-// Adds a range's sums, at the scale of its activations, to the results y [kRows][kMostVectors * kLanes]; the ``first``: to the bias.
-static NOT_INLINE void add_range(const Tile& tile, int64_t row, const Activations& a, const float* total, int64_t place, int64_t vectors,
-                                 bool first, const Floats* sums, float* y) {
-    for (int64_t v = 0; v < vectors; ++v) {
-        const Floats rest = load(a.rest + place + v * kLanes), scale = load(a.scale + place + v * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            float* here = y + (r * kMostVectors + v) * kLanes;
-            const Floats before = first ? splat(tile.bias[row + r]) : load(here);
-            store(here, before + scale * (sums[r * kVectors + v] + rest * total[r]));
-        }
-    }
+INLINE void end_of_products() {
+#if AQUABIT_LEVEL == 4
+    asm volatile("" ::: "memory");
+#endif
 }
 
 // kRows rows times ``vectors`` vectors of positions, over all pieces of all runs; y is [kRows][kMostVectors * kLanes].
-INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, const Activations& a, const bool wide, int64_t vector,
-                           const int vectors, float* y) {
-    const int64_t at = vector * kLanes;
-    const uint8_t* starts[kMostVectors];
+// ``wide``, ``apart``, ``offsets`` and ``vectors`` are constants where this is called, and not of a template: which products are rounded
+// before they are added is the compiler's choice, and that of a template was another one, of other last bits and 3 % slower.
+INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, const Activations& a, const bool wide, const bool apart,
+                           const bool offsets, int64_t vector, const int vectors, float* y) {
+    const int64_t at = vector * kLanes, row_bytes = tile.row_bytes;
+    const Far rows = {row_bytes}, known_rows = {kKnown * plan.run_count * 4};
+    const uint8_t *known = reinterpret_cast<const uint8_t*>(tile.known) + row * known_rows.one, *slots = tile.slots + row * row_bytes;
+    const int64_t step_bytes = a.step_bytes, positions = a.positions, kind = 4 * plan.run_count;
+    const uint8_t* starts[kVectors];
     for (int v = 0; v < vectors; ++v) starts[v] = a.values + a.starts[vector + v];
-    Floats sums[kRows * kVectors];
     for (const Range* range = plan.ranges; range < plan.ranges + plan.range_count; ++range) {
-        for (int64_t i = range->first; i < range->last; ++i) {
-            const Run& run = plan.runs[i];
-            Ints acc[kRows][kVectors], products[kRows * kVectors];
+        Floats sums[kRows][kVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) sums[r][v] = Floats{};
+        const Piece* piece = plan.pieces + plan.runs[range->first].first;
+        const float* inputs = a.sums + range->first * a.positions + at;
+        const Run* last = plan.runs + range->last;
+        for (const Run* run = plan.runs + range->first; run < last; ++run, known += 4, inputs += positions) {
+            const uint8_t* start = known + kStart * kind;
+            Ints acc[kRows][kVectors];
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-                for (int v = 0; v < vectors; ++v) acc[r][v] = Ints{};
-            for (const Piece* piece = plan.pieces + run.first; piece < plan.pieces + run.last; ++piece)
-                add_products(starts, piece->offset, a.step_bytes, tile.slots + row * tile.row_bytes + piece->slot, tile.row_bytes,
-                             piece->steps, wide, vectors, acc);
+                for (int v = 0; v < vectors; ++v) acc[r][v] = wide || apart ? Ints{} : broadcast(known_rows.at(start, r));
+            for (const Piece* end = plan.pieces + run->last; piece < end; ++piece) {
+                const uint8_t* w = slots + piece->slot;
+                const uint8_t* from[kVectors];
+                for (int v = 0; v < vectors; ++v) from[v] = starts[v] + piece->offset;
+                for (int64_t step = piece->steps; step > 0; --step, w += 4) {
+                    Ints x[kVectors];
+#pragma GCC unroll 8
+                    for (int v = 0; v < vectors; ++v) x[v] = load_ints(from[v]), from[v] += step_bytes;
+#pragma GCC unroll 8
+                    for (int r = 0; r < kRows; ++r) {
+                        Ints weight = broadcast(rows.at(w, r));
+#if AQUABIT_LEVEL >= 2
+                        if (vectors > 1) asm("" : "+v"(weight));  // one broadcast, not one in each product
+#endif
+#pragma GCC unroll 8
+                        for (int v = 0; v < vectors; ++v) acc[r][v] = dot(acc[r][v], x[v], weight, wide);
+                    }
+                }
+            }
+            end_of_products();
+            const uint8_t* offset = known + kOffset * kind;
+            if (apart)  // zero points times the sums of the weights, in one more step of 16 bits
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) {
+                    const Ints zero = load_ints(a.zero + range->number * a.positions + at + v * kLanes);
+#pragma GCC unroll 8
+                    for (int r = 0; r < kRows; ++r) acc[r][v] = dot(acc[r][v], zero, broadcast(known_rows.at(start, r)), true);
+                }
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-                for (int v = 0; v < vectors; ++v) products[r * kVectors + v] = acc[r][v];
-            add_run(tile, row, a, wide, i, range->number, at, vectors, i == range->first, products, sums);
+                for (int v = 0; v < vectors; ++v) {
+                    sums[r][v] = to_floats(acc[r][v]) * (Floats)broadcast(known_rows.at(known, r)) + sums[r][v];
+                }
+            if (offsets)
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) {
+                    const Floats x = load(inputs + v * kLanes);
+#pragma GCC unroll 8
+                    for (int r = 0; r < kRows; ++r) sums[r][v] = x * (Floats)broadcast(known_rows.at(offset, r)) + sums[r][v];
+                }
+            end_of_run();
         }
-        add_range(tile, row, a, tile.total + (range - plan.ranges) * tile.rows + row, range->number * a.positions + at, vectors,
-                  range == plan.ranges, sums, y);
+        const int64_t place = range->number * a.positions + at, of = (range - plan.ranges) * tile.rows + row;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) {
+                float* here = y + (r * kMostVectors + v) * kLanes;
+                Floats sum = sums[r][v] + load(a.rest + place + v * kLanes) * tile.total[of + r];
+                if (!wide && !apart) sum = load(a.left + place + v * kLanes) * tile.whole[of + r] + sum;
+                const Floats before = range == plan.ranges ? splat(tile.bias[row + r]) : load(here);
+                store(here, before + load(a.scale + place + v * kLanes) * sum);
+            }
     }
 }
 
+// Whole blocks of rows [row, row + rows) of a tile; y is [rows][kMostVectors * kLanes].
 INLINE void multiply_rows(const Plan& plan, const Tile& tile, int64_t row, int64_t rows, const Activations& a, const bool wide,
-                          int64_t vector, const int vectors, float* y) {
-    for (int64_t r = 0; r < rows; r += kRows)
-        multiply_block(plan, tile, row + r, a, wide, vector, vectors, y + r * kMostVectors * kLanes);
+                          const bool apart, const bool offsets, int64_t vector, int64_t vectors, float* y) {
+    for (const int64_t end = row + rows; row < end; row += kRows, y += kRows * kMostVectors * kLanes)
+        if (vectors == 1)
+            multiply_block(plan, tile, row, a, wide, apart, offsets, vector, 1, y);
+        else
+            multiply_block(plan, tile, row, a, wide, apart, offsets, vector, 2, y);
 }
 
-// Whole blocks of rows [row, row + rows) of a tile; y is [rows][kMostVectors * kLanes]. ``wide``: of 16 bits, which is all that SSE2 has
-// products of.
+#if AQUABIT_LEVEL >= 3
+static void multiply_apart(const Plan& plan, const Tile& tile, int64_t row, int64_t rows, const Activations& a, int64_t vector,
+                           int64_t vectors, float* y) {
+    if (tile.offsets)
+        multiply_rows(plan, tile, row, rows, a, false, true, true, vector, vectors, y);
+    else
+        multiply_rows(plan, tile, row, rows, a, false, true, false, vector, vectors, y);
+}
+
+static void multiply_together(const Plan& plan, const Tile& tile, int64_t row, int64_t rows, const Activations& a, int64_t vector,
+                              int64_t vectors, float* y) {
+    if (tile.offsets)
+        multiply_rows(plan, tile, row, rows, a, false, false, true, vector, vectors, y);
+    else
+        multiply_rows(plan, tile, row, rows, a, false, false, false, vector, vectors, y);
+}
+#endif
+
+// ``wide``: of 16 bits, which is all that SSE2 has products of.
 static void multiply(const Plan& plan, const Tile& tile, int64_t row, int64_t rows, const Activations& a, bool wide, int64_t vector,
                      int64_t vectors, float* y) {
-    switch (vectors + (wide ? 8 : 0)) {
-        case 9: return multiply_rows(plan, tile, row, rows, a, true, vector, 1, y);
-        case 10: return multiply_rows(plan, tile, row, rows, a, true, vector, 2, y);
 #if AQUABIT_LEVEL >= 3
-        case 1: return multiply_rows(plan, tile, row, rows, a, false, vector, 1, y);
-        case 2: return multiply_rows(plan, tile, row, rows, a, false, vector, 2, y);
+    if (!wide) return (a.apart ? multiply_apart : multiply_together)(plan, tile, row, rows, a, vector, vectors, y);
 #endif
-#if AQUABIT_LEVEL == 4
-        case 11: return multiply_rows(plan, tile, row, rows, a, true, vector, 3, y);
-        case 12: return multiply_rows(plan, tile, row, rows, a, true, vector, 4, y);
-        case 3: return multiply_rows(plan, tile, row, rows, a, false, vector, 3, y);
-        case 4: return multiply_rows(plan, tile, row, rows, a, false, vector, 4, y);
-#endif
-    }
+    if (tile.offsets)
+        multiply_rows(plan, tile, row, rows, a, true, false, true, vector, vectors, y);
+    else
+        multiply_rows(plan, tile, row, rows, a, true, false, false, vector, vectors, y);
 }
 
 INLINE void sum_vectors(const Plan& plan, const Activations& a, const uint8_t* ones, const bool wide, int64_t vector, const int vectors) {

@@ -28,6 +28,20 @@ inline std::vector<Segment> plan_segments(const Weight& w) {
     return all;
 }
 
+// Segments of single codes that follow each other in the codes and in the row, as one.
+inline std::vector<Segment> stretches_of(const std::vector<Segment>& segments, int64_t fused, int64_t cin) {
+    std::vector<Segment> all;
+    for (const Segment& s : segments) {
+        Segment* last = all.empty() ? nullptr : &all.back();
+        if (last && last->count % fused == 0 && s.at == last->at + last->count / fused &&
+            s.tap * cin + s.start == last->tap * cin + last->start + last->count)
+            last->count += s.count;
+        else
+            all.push_back(s);
+    }
+    return all;
+}
+
 // Runs of at most ``limit`` inputs, under one scale where ``by_scale``; steps of ``per`` inputs.
 inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t limit, bool by_scale, Planned* out) {
     int64_t slot = 0;
@@ -58,8 +72,11 @@ inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t 
     const bool straight = per == 4 && std::all_of(out->pieces.begin(), out->pieces.end(), [](const Piece& p) {
         return p.lead == 0 && p.slot == p.from && p.count % 4 == 0;
     });
-    out->plan = {out->pieces.data(), out->runs.data(), out->ranges.data(), static_cast<int64_t>(out->runs.size()),
-                 static_cast<int64_t>(out->ranges.size()), slot, straight};
+    const int64_t runs = static_cast<int64_t>(out->runs.size()), inputs = runs ? out->runs[0].inputs : 0;
+    const bool even = straight && inputs % 4 == 0 && (inputs & (inputs - 1)) == 0 && out->pieces.size() == out->runs.size() &&
+                      std::all_of(out->runs.begin(), out->runs.end(), [&](const Run& run) { return run.inputs == inputs; });
+    out->plan = {out->pieces.data(), out->runs.data(), out->ranges.data(), runs, static_cast<int64_t>(out->ranges.size()), slot, straight,
+                 even ? inputs : 0};
 }
 
 // A convolution; ``split`` 0: one range of activations.

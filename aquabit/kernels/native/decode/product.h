@@ -7,7 +7,7 @@ constexpr int64_t kParallelFew = 1 << 20, kParallelBytes = 1 << 21;  // of few t
 // How a call multiplies.
 struct Method {
     const Level* level;
-    bool codes;     // uniform codes as they are; else decoded values rounded to 16 bits
+    bool codes;     // codes as integers; else decoded values rounded to 16 bits
     bool wide;      // 16 bits
     bool by_scale;  // runs end where a group of scales does
     int64_t most;   // of the activations' integers
@@ -21,7 +21,7 @@ struct Method {
 Method method_of(const Weight& w, int64_t level, int64_t act, int64_t threads) {
     const Level* l = &level_at(level);
     const int64_t bits = act == kSymmetric ? -8 : act;
-    const bool codes = bits <= 8 && !w.tables, wide = !codes || !l->bytes || w.bits > l->byte_bits;
+    const bool codes = bits <= 8 && w.integers.there, wide = !codes || !l->bytes || w.integers.bits > l->byte_bits;
     const int64_t limit = codes ? kLongestRun : bits <= 8 ? kByteRun : kWideRun;
     const bool by_scale = codes || w.length() / std::max(w.scales, w.offsets) >= kOwnRun;
     return {l, codes, wide, by_scale, bits <= 8 ? 256 : kActivation, limit, bits, threads};
@@ -30,9 +30,45 @@ Method method_of(const Weight& w, int64_t level, int64_t act, int64_t threads) {
 // A thread's room for decoded rows and results.
 struct Scratch {
     Buffer<uint8_t> slots, room;
-    Buffer<float> factor, offset, total, bias, y;
-    Buffer<int32_t> shift;
+    Buffer<int32_t> sums;
+    Buffer<float> known, total, whole, bias, y;
     Errors errors = {0, 0};
+};
+
+// Scales and zero points of positions.
+struct Positions {
+    int64_t count;
+    std::vector<float> scale, rest, left;  // [ranges, count]
+    std::vector<int32_t> zero;
+    int64_t middle[2] = {0, 0};
+    bool near = true;  // all zero points lie near the middle
+
+    // ``grid(range, position)`` is null where nothing is wanted.
+    template <class GridAt>
+    Positions(int64_t ranges, int64_t positions, const GridAt& grid)
+        : count(positions), scale(ranges * positions), rest(ranges * positions), left(ranges * positions), zero(ranges * positions) {
+        for (int64_t r = 0; r < ranges; ++r) {
+            int64_t low = 255, high = 0;
+            for (int64_t i = 0; i < positions; ++i) {
+                const Grid* own = grid(r, i);
+                if (!own) continue;
+                const int64_t at = r * positions + i;
+                scale[at] = own->scale, rest[at] = own->rest, left[at] = static_cast<float>(own->zero), zero[at] = own->zero * 0x00800001;
+                low = std::min<int64_t>(low, own->zero), high = std::max<int64_t>(high, own->zero);
+            }
+            middle[r] = (low + high + 1) / 2;
+            near = near && high - middle[r] <= kFarthestZero;
+            for (int64_t i = r * positions; i < (r + 1) * positions; ++i) left[i] = static_cast<float>(middle[r]) - left[i];
+        }
+    }
+
+    // Zero points are taken off in integers where they lie far from the middle, and of long runs, where that costs nothing.
+    Activations activations(const uint8_t* values, const int64_t* starts, int64_t step_bytes, float* sums, const Plan& plan,
+                            int64_t inputs) const {
+        const bool apart = !near || inputs > kShortRun * plan.run_count;
+        return {values,      starts,      step_bytes, count, scale.data(), rest.data(),
+                zero.data(), left.data(), sums,       {middle[0], middle[1]}, apart};
+    }
 };
 
 // What is multiplied with one group's rows: [first_row, first_row + rows) of the weight.
@@ -56,36 +92,43 @@ struct Product {
 
     Scratch scratch(int64_t tile) const {
         const Plan& p = planned.plan;
-        return {Buffer<uint8_t>(tile * row_bytes()), Buffer<uint8_t>(room_bytes()),      Buffer<float>(tile * p.run_count),
-                Buffer<float>(tile * p.run_count),   Buffer<float>(tile * p.range_count), Buffer<float>(tile),
-                Buffer<float>(tile * kMostVectors * method.level->lanes), Buffer<int32_t>(tile * p.run_count)};
+        return {Buffer<uint8_t>(tile * row_bytes()),
+                Buffer<uint8_t>(room_bytes()),
+                Buffer<int32_t>(method.codes ? std::max(p.run_count, weight.length() / 4) : 0),
+                Buffer<float>(tile * p.run_count * kKnown),
+                Buffer<float>(tile * p.range_count),
+                Buffer<float>(tile * p.range_count),
+                Buffer<float>(tile),
+                Buffer<float>(tile * kMostVectors * method.level->lanes)};
     }
 
     int64_t scratch_bytes(int64_t tile) const { return tile * row_bytes() + room_bytes(); }
 
     // Rows [from, from + count) of the group, decoded; the rows that fill up the tile are zero.
     Tile fill(int64_t from, int64_t count, Scratch* s) const {
+        const Plan& p = planned.plan;
         const int64_t padded = rounded_up(count, method.level->rows);
         for (int64_t r = 0; r < padded; ++r) {
             const int64_t row = first_row + from + r;
             uint8_t* slot = s->slots.get() + r * row_bytes();
+            float* known = s->known.get() + r * kKnown * p.run_count;
             s->bias[r] = r < count && weight.bias ? weight.bias[row] : 0;
             if (r >= count) {
                 std::memset(slot, 0, row_bytes());
-                for (int64_t i = 0; i < planned.plan.run_count; ++i)
-                    s->factor[i * padded + r] = s->offset[i * padded + r] = 0, s->shift[i * padded + r] = 0;
-                for (int64_t i = 0; i < planned.plan.range_count; ++i) s->total[i * padded + r] = 0;
+                std::fill(known, known + kKnown * p.run_count, 0.0f);
+                for (int64_t i = 0; i < p.range_count; ++i) s->total[i * padded + r] = s->whole[i * padded + r] = 0;
             } else if (method.codes) {
-                method.level->fill_codes(weight, planned.plan, method.wide, row, reinterpret_cast<int8_t*>(s->room.get()), slot,
-                                         s->factor.get() + r, s->offset.get() + r, s->shift.get() + r, s->total.get() + r, padded);
+                method.level->fill_codes(weight, p, activations, method.wide, row, reinterpret_cast<int8_t*>(s->room.get()),
+                                         s->sums.get(), slot, known, s->total.get() + r, s->whole.get() + r, padded);
             } else {
-                method.level->fill_values(weight, planned.plan, method.most, row, reinterpret_cast<float*>(s->room.get()), slot,
-                                          s->factor.get() + r, s->total.get() + r, padded, &s->errors);
+                method.level->fill_values(weight, p, method.most, row, reinterpret_cast<float*>(s->room.get()), slot, known,
+                                          s->total.get() + r, padded, &s->errors);
             }
         }
-        return {s->slots.get(), row_bytes(), padded, s->factor.get(), method.codes ? s->offset.get() : nullptr, s->total.get(),
-                s->bias.get(),  s->shift.get()};
+        return {s->slots.get(), row_bytes(), padded, s->known.get(), s->total.get(), s->whole.get(), s->bias.get(), offsets()};
     }
+
+    bool offsets() const { return method.codes && !weight.integers.centred; }
 
     // Sums of the activations' integers of each run, which offsets need.
     void sum(int64_t threads) const {
@@ -113,7 +156,7 @@ struct Product {
     template <class Sink>
     int64_t run(Errors* errors, int64_t at_once, const Sink& sink) const {
         const int64_t threads = rows * vectors * method.level->lanes * weight.length() > kParallel ? method.threads : 1;
-        if (method.codes) sum(threads);
+        if (offsets()) sum(threads);
         const int64_t tile = tile_rows(), tiles = (rows + tile - 1) / tile, size = method.level->vectors;
         const int64_t blocks = (vectors + size - 1) / size, chunks = this->chunks(blocks, tiles, threads), jobs = tiles * chunks;
         std::vector<Scratch> scratch;

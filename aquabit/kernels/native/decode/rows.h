@@ -11,52 +11,67 @@ INLINE Bytes spread(const uint8_t* from, int64_t bits, int64_t fused, Bytes mask
     return (Bytes)(wide | (wide << 6) | (wide << 12) | (wide << 18)) & mask;
 }
 
-// ``count`` scalar codes times ``step`` (1 or 2) less ``center``; nothing beyond them is read or written.
-INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, const int64_t fused, int64_t step, int64_t center, int8_t* to) {
+// ``count`` scalar codes, or what ``levels`` (null, or 16 bytes) has for them, times ``step`` (1 or 2) less ``center``; nothing beyond them
+// is read or written.
+INLINE void expand(const uint8_t* from, int64_t count, int64_t bits, const int64_t fused, const uint8_t* levels, int64_t step,
+                   int64_t center, int8_t* to) {
     const int64_t mask = (1 << bits) - 1;
     if (fused < 8) {
         const Bytes masks = splat_byte(static_cast<uint8_t>(mask)), centers = splat_byte(static_cast<uint8_t>(center));
-        const Bytes again = splat_byte(step == 2 ? 255 : 0);
+        const Bytes again = splat_byte(step == 2 ? 255 : 0), table = levels ? repeat_sixteen(levels) : Bytes{};
         for (; count >= kBytes; count -= kBytes, from += kBytes / fused, to += kBytes) {
-            const Bytes codes = spread(from, bits, fused, masks);
+            Bytes codes = spread(from, bits, fused, masks);
+            if (levels) codes = look_up(table, codes);
             store(to, codes + (codes & again) - centers);
         }
         if (count > 0) {
             uint8_t last[kBytes];
             store(reinterpret_cast<int8_t*>(last), load_some(from, (count + fused - 1) / fused));
-            const Bytes codes = spread(last, bits, fused, masks);
+            Bytes codes = spread(last, bits, fused, masks);
+            if (levels) codes = look_up(table, codes);
             return store_some(to, codes + (codes & again) - centers, count);
         }
     }
-    for (int64_t i = 0; i < count; ++i)
-        to[i] = static_cast<int8_t>(((from[i / fused] >> (i % fused * bits)) & mask) * step - center);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t code = (from[i / fused] >> (i % fused * bits)) & mask;
+        to[i] = static_cast<int8_t>((levels ? levels[code] : code) * step - center);
+    }
 }
 
-// Row ``row`` of scalar codes; segments that follow each other in the codes and in the row are one run of them.
-INLINE void expand_row(const Weight& w, int64_t row, int64_t step, int64_t center, int8_t* to) {
-    const Segment* end = w.segments + w.segment_count;
-    for (const Segment *s = w.segments, *next; s < end; s = next) {
-        int64_t count = s->count;
-        for (next = s + 1; next < end && count % w.fused == 0 && next->at == s->at + count / w.fused &&
-                           next->tap * w.cin + next->start == s->tap * w.cin + s->start + count;
-             ++next)
-            count += next->count;
+// Row ``row`` of scalar codes.
+INLINE void expand_row(const Weight& w, int64_t row, const uint8_t* levels, int64_t step, int64_t center, int8_t* to) {
+    for (const Segment* s = w.stretches; s < w.stretches + w.stretch_count; ++s) {
+        const int64_t count = s->count;
         const uint8_t* from = w.codes + row * w.row_bytes + s->at;
         int8_t* here = to + s->tap * w.cin + s->start;
         if (w.fused == 1)
-            expand(from, count, w.bits, 1, step, center, here);
+            expand(from, count, w.bits, 1, levels, step, center, here);
         else if (w.fused == 2)
-            expand(from, count, w.bits, 2, step, center, here);
+            expand(from, count, w.bits, 2, levels, step, center, here);
         else if (w.fused == 4)
-            expand(from, count, w.bits, 4, step, center, here);
+            expand(from, count, w.bits, 4, levels, step, center, here);
         else
-            expand(from, count, w.bits, 8, step, center, here);
+            expand(from, count, w.bits, 8, levels, step, center, here);
     }
 }
 
 INLINE float scale_at(const Weight& w, int64_t row, int64_t n) { return w.scale[row * w.scales + (w.scales > 1 ? n : 0)]; }
 INLINE float offset_at(const Weight& w, int64_t row, int64_t n) {
     return w.offset ? w.offset[row * w.offsets + (w.offsets > 1 ? n : 0)] : 0;
+}
+
+// What is added to a weight besides its integer.
+INLINE double shifted_at(const Weight& w, int64_t row, int64_t n) {
+    return w.integers.centred ? 0 : offset_at(w, row, n) + double(scale_at(w, row, n)) * w.integers.middle;
+}
+
+// Row ``row`` as the integers of its codes.
+INLINE void expand_integers(const Weight& w, int64_t row, int8_t* to) {
+    const Integers& n = w.integers;
+    if (n.levels)
+        expand_row(w, row, n.levels, n.step, n.center, to);
+    else
+        expand_row(w, row, nullptr, n.step, n.center, to);
 }
 
 INLINE int64_t sum_of(const int8_t* x, int64_t n) {
@@ -76,22 +91,51 @@ INLINE int64_t sum_of(const int8_t* x, int64_t n) {
     return total;
 }
 
-// Row ``row`` of uniform codes into its slot, as bytes or (``wide``) 16 bits.
-static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
-                       int32_t* shift, float* total, int64_t stride) {
+// Sums of ``runs`` runs of ``inputs`` integers each, a multiple of 4 and a power of two; ``sums`` has room for those of each 4.
+INLINE void sum_runs(const int8_t* x, int64_t runs, int64_t inputs, int32_t* sums) {
+    int64_t count = runs * (inputs / 4), i = 0;
+#if AQUABIT_LEVEL >= 3
+    for (; i + kLanes <= count; i += kLanes) store_ints(sums + i, dot(Ints{}, splat_int(0x01010101), load_ints(x + 4 * i), false));
+#endif
+    for (; i < count; ++i) sums[i] = x[4 * i] + x[4 * i + 1] + x[4 * i + 2] + x[4 * i + 3];
+    for (; count > runs; count /= 2) {
+        i = 0;
+        const Ints even = 2 * lane_numbers(), odd = even + 1;
+        for (; i + kLanes <= count / 2; i += kLanes) {
+            const Ints low = load_ints(sums + 2 * i), high = load_ints(sums + 2 * i + kLanes);
+            store_ints(sums + i, shuffled(low, high, even) + shuffled(low, high, odd));
+        }
+        for (; i < count / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+    }
+}
+
+// What the products of ``runs`` runs start from, of the sums of their integers: kStart.
+INLINE void start_runs(const int32_t* sums, int64_t runs, int32_t middle, bool apart, float* starts) {
+    for (int64_t i = 0; i < runs; i += kLanes) {
+        const Ints sum = (Ints)load_some(reinterpret_cast<const float*>(sums + i), runs - i);
+        const Ints high = (64 - sum) >> 7, low = -sum - (high << 7);
+        const Ints start = apart ? (high << 16) | (low & 0xffff) : sum * -middle;
+        if (runs - i >= kLanes)
+            store_ints(starts + i, start);
+        else
+            __builtin_memcpy(starts + i, &start, (runs - i) * sizeof(float));
+    }
+}
+
+// Row ``row`` of codes as integers into its slot, as bytes or (``wide``) 16 bits. ``sums`` has room for a quarter of the row, or for
+// the runs.
+static void fill_codes(const Weight& w, const Plan& plan, const Activations& a, bool wide, int64_t row, int8_t* room, int32_t* sums,
+                       uint8_t* slot, float* known, float* total, float* whole, int64_t stride) {
     const bool straight = plan.straight && !wide;
     if (straight) room = reinterpret_cast<int8_t*>(slot);
-    expand_row(w, row, w.step(), w.center(), room);
-    if (!straight) __builtin_memset(slot, 0, plan.slot_bytes);
-    const double by = 1.0 / w.step();
-    for (int64_t r = 0; r < plan.range_count; ++r) {
-        double all = 0;
-        for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
-            const Run& run = plan.runs[i];
-            const double scale = scale_at(w, row, run.scales) * by;
-            const double shifted = offset_at(w, row, run.scales) + scale * w.center();
+    expand_integers(w, row, room);
+    if (straight && plan.even) {
+        sum_runs(room, plan.run_count, plan.even, sums);
+    } else {
+        if (!straight) __builtin_memset(slot, 0, plan.slot_bytes);
+        for (int64_t i = 0; i < plan.run_count; ++i) {
             int64_t sum = 0;
-            for (const Piece* p = plan.pieces + run.first; p < plan.pieces + run.last; ++p) {
+            for (const Piece* p = plan.pieces + plan.runs[i].first; p < plan.pieces + plan.runs[i].last; ++p) {
                 const int8_t* from = room + p->from;
                 if (wide) {
                     int16_t* to = reinterpret_cast<int16_t*>(slot + p->slot) + p->lead;
@@ -101,13 +145,31 @@ static void fill_codes(const Weight& w, const Plan& plan, bool wide, int64_t row
                 }
                 sum += sum_of(from, p->count);
             }
-            const int64_t high = (64 - sum) >> 7, low = -sum - 128 * high;
-            shift[i * stride] = static_cast<int32_t>((static_cast<uint32_t>(high) << 16) | (static_cast<uint32_t>(low) & 0xffff));
-            factor[i * stride] = static_cast<float>(scale);
-            offset[i * stride] = static_cast<float>(shifted);
-            all += scale * sum + shifted * run.inputs;
+            sums[i] = static_cast<int32_t>(sum);
         }
-        total[r * stride] = static_cast<float>(all);
+    }
+    float *factor = known + kFactor * plan.run_count, *offset = known + kOffset * plan.run_count;
+    for (int64_t i = 0; i < plan.run_count; ++i) factor[i] = scale_at(w, row, plan.runs[i].scales);
+    if (!w.integers.centred)
+        for (int64_t i = 0; i < plan.run_count; ++i) offset[i] = offset_at(w, row, plan.runs[i].scales);
+    for (int64_t r = 0; r < plan.range_count; ++r) {
+        const Range& range = plan.ranges[r];
+        start_runs(sums + range.first, range.last - range.first, static_cast<int32_t>(a.middle[range.number]), a.apart,
+                   known + kStart * plan.run_count + range.first);
+        double own = 0, all = 0;
+        if (!w.integers.centred)
+            for (int64_t i = range.first; i < range.last; ++i) {
+                const double shifted = offset[i] + double(factor[i]) * w.integers.middle;
+                offset[i] = static_cast<float>(shifted);
+                all += shifted * plan.runs[i].inputs;
+            }
+#pragma omp simd reduction(+ : own)
+        for (int64_t i = range.first; i < range.last; ++i) {
+            factor[i] *= w.integers.unit;
+            own += double(factor[i]) * sums[i];
+        }
+        total[r * stride] = static_cast<float>(own + all);
+        whole[r * stride] = static_cast<float>(own);
     }
 }
 
@@ -221,7 +283,7 @@ static void decode_row(const Weight& w, int64_t row, float* room) {
     const float* table = w.tables ? w.tables + (w.table_sets > 1 ? row : 0) * w.books * w.codewords * w.group : nullptr;
     const bool scalar = w.group == 1 && w.books == 1 && !w.kernel_order;
     uint8_t* codes = reinterpret_cast<uint8_t*>(room + w.length());
-    if (scalar) expand_row(w, row, 1, 0, reinterpret_cast<int8_t*>(codes));
+    if (scalar) expand_row(w, row, nullptr, 1, 0, reinterpret_cast<int8_t*>(codes));
     for (const Segment* s = w.segments; s < w.segments + w.segment_count; ++s) {
         const int64_t at = w.kernel_order ? 0 : s->tap * w.cin + s->start, count = w.kernel_order ? w.length() : s->count;
         float* here = room + at;
@@ -291,7 +353,7 @@ INLINE void round_to(const float* from, int64_t count, float inverse, int16_t* t
 
 // Row ``row`` of any weight as 16-bit integers, each run at the scale at which it cannot overflow with activations of up to ``most``: the
 // sum of n weights' sizes is at most sqrt(n) times the root of their squares, and none is larger than that root.
-static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor,
+static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t row, float* room, uint8_t* slot, float* known,
                         float* total, int64_t stride, Errors* errors) {
     decode_row(w, row, room);
     __builtin_memset(slot, 0, plan.slot_bytes);
@@ -300,7 +362,7 @@ static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t
         const float inputs = static_cast<float>(run.inputs), left = 2147480000.0f / most - inputs;  // what rounding may add
         const float by_sum = __builtin_sqrtf(inputs) / left, by = by_sum > 1 / 32766.0f ? by_sum : 1 / 32766.0f;
         const float squares = squares_of(plan, run, room);
-        factor[i * stride] = __builtin_sqrtf(squares) * (1.0001f * by);
+        known[kFactor * plan.run_count + i] = __builtin_sqrtf(squares) * (1.0001f * by);
         errors->all += squares;
     }
     Floats error = {};
@@ -308,7 +370,7 @@ static void fill_values(const Weight& w, const Plan& plan, int64_t most, int64_t
         Floats all = {};
         for (int64_t i = plan.ranges[r].first; i < plan.ranges[r].last; ++i) {
             const Run& run = plan.runs[i];
-            const float scale = factor[i * stride];
+            const float scale = known[kFactor * plan.run_count + i];
             if (!(scale > 1e-18f && scale < 1e18f)) {  // their squares are no numbers: zeros, or not for integers
                 if (!zeros(plan, run, room)) errors->error = __builtin_inf();
                 continue;

@@ -13,7 +13,7 @@ INLINE bool in_strips(const Weight& w) {
 
 // Whether there are products of bytes for the codes, or tables that registers hold.
 static bool serves_strips(const Weight& w, bool bytes) {
-    if (bytes) return AQUABIT_LEVEL >= 3 && !w.tables && w.bits <= (AQUABIT_LEVEL == 4 ? 8 : 7) && in_strips(w);
+    if (bytes) return AQUABIT_LEVEL >= 3 && w.integers.there && w.integers.bits <= (AQUABIT_LEVEL == 4 ? 8 : 7) && in_strips(w);
     return in_strips(w) && (!w.tables || (AQUABIT_LEVEL == 4 && w.bits <= 6));
 }
 
@@ -89,11 +89,17 @@ static bool lay_bytes(const Weight& w, const float* token, int64_t bits, int64_t
     }
     for (int64_t i = 0; i < w.cin; ++i) room[i] = static_cast<int8_t>(room[i] ^ -128);  // less 128
     lay_inputs(w, x, kBytes, room, x.bytes + t * kBytes);
+    if (w.integers.levels && t == 0) {
+        Strips alone = x;
+        alone.tokens = 1;
+        __builtin_memset(room, 1, w.cin);
+        lay_inputs(w, alone, kBytes, room, x.ones);
+    }
     for (int64_t i = 0; w.segment_count > 1 && i < x.count; ++i) {
         Ints sum = load_ints(x.inputs + i * kLanes) * (128 - grid->zero);
         for (int64_t p = 0; p < w.fused; ++p)
             sum = dot(sum, splat_int(0x01010101), load_ints(x.bytes + ((i * w.fused + p) * x.tokens + t) * kBytes), false);
-        store_ints(x.sums + (i * x.tokens + t) * kLanes, sum * static_cast<int32_t>(w.center()));
+        store_ints(x.sums + (i * x.tokens + t) * kLanes, sum * static_cast<int32_t>(w.integers.center));
     }
     return true;
 }
@@ -137,21 +143,22 @@ INLINE Floats scales_of(const Weight& w, int64_t row, const Strips& x, int64_t s
 }
 
 // What offsets add, and codes that were taken about ``middle``: of each group its offset times the sum of its inputs.
-INLINE float offsets_of(const Weight& w, int64_t row, const Strips& x, int64_t t, float middle) {
+INLINE Floats offsets_of(const Weight& w, int64_t row, const Strips& x, int64_t t, float middle) {
     Floats sum = {};
     for (int64_t s = 0; s < w.scales; s += kLanes) {
         Floats shifted = load_some(w.scale + row * w.scales + s, w.scales - s) * middle;
         if (w.offset) shifted += load_some(w.offset + row * w.scales + s, w.scales - s);
         sum += shifted * load(x.totals + t * x.stride + s);
     }
-    return total_of(sum);
+    return sum;
 }
 
-template <int kTokens, int kFused, bool kWhole>
+template <int kTokens, int kFused, bool kWhole, bool kLevels>
 INLINE void dot_row(const Weight& w, int64_t row, const Strips& x, float* y, int64_t y_stride) {
     const uint8_t* codes = w.codes + row * w.row_bytes;
     const Bytes mask = splat_byte(static_cast<uint8_t>((1 << w.bits) - 1));
-    const int step = static_cast<int>(w.step());
+    const Bytes levels = kLevels ? repeat_sixteen(w.integers.levels) : Bytes{};
+    const int step = static_cast<int>(w.integers.step);
     Ints products[kTokens] = {}, all = {};
     Floats results[kTokens] = {};
     for (int64_t i = 0; i < x.count; ++i) {
@@ -165,13 +172,16 @@ INLINE void dot_row(const Weight& w, int64_t row, const Strips& x, float* y, int
 #pragma GCC unroll 8
         for (int p = 0; p < kFused; ++p) {
             const UnsignedShorts moved = p ? (UnsignedShorts)packed >> static_cast<uint16_t>(p * w.bits) : (UnsignedShorts)packed;
-            const Bytes own = (Bytes)moved & mask;
-            sums += own;
+            const Bytes code = (Bytes)moved & mask, own = kLevels ? look_up(levels, code) : code;
+            if (kLevels)  // two of them may not fit a byte
+                all = dot(all, (Ints)own, load_ints(x.ones + (i * kFused + p) * kBytes), false);
+            else
+                sums += own;
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t)
                 products[t] = dot(products[t], (Ints)own, load_ints(inputs + (p * kTokens + t) * kBytes), false);
         }
-        all = dot(all, (Ints)sums, splat_int(0x01010101), false);
+        if (!kLevels) all = dot(all, (Ints)sums, splat_int(0x01010101), false);
         if (kWhole) continue;
         const Floats scale = scales_of(w, row, x, i);
         for (int t = 0; t < kTokens; ++t) {
@@ -179,37 +189,38 @@ INLINE void dot_row(const Weight& w, int64_t row, const Strips& x, float* y, int
             results[t] += to_floats((step == 2 ? own + own : own) - load_ints(x.sums + (i * kTokens + t) * kLanes)) * scale;
         }
     }
-    const double by = 1.0 / step, middle = w.center() * by;
     for (int t = 0; t < kTokens; ++t) {
         const float inputs = x.totals[t * x.stride];
         float sum;
         if (kWhole) {
             const int32_t own = total_of(products[t] + all * (128 - x.grids[t].zero)) * step;
-            const double scale = scale_at(w, row, 0), shifted = offset_at(w, row, 0) + scale * middle;
-            sum = static_cast<float>(scale * by) * (own - static_cast<int32_t>(inputs) * static_cast<int32_t>(w.center())) +
-                  static_cast<float>(shifted) * inputs;
+            sum = scale_at(w, row, 0) * w.integers.unit * (own - static_cast<int32_t>(inputs) * static_cast<int32_t>(w.integers.center)) +
+                  static_cast<float>(shifted_at(w, row, 0)) * inputs;
         } else {
-            sum = total_of(results[t]) * static_cast<float>(by) + offsets_of(w, row, x, t, static_cast<float>(middle));
+            results[t] *= w.integers.unit;
+            if (!w.integers.centred) results[t] += offsets_of(w, row, x, t, w.integers.middle);
+            sum = total_of(results[t]);
         }
         y[t * y_stride] = (w.bias ? w.bias[row] : 0) + x.grids[t].scale * sum;
     }
 }
 
-template <int kTokens, int kFused>
-static void dot_rows(const Weight& w, int64_t first, int64_t last, const Strips& x, float* y, int64_t y_stride) {
+template <int kTokens, int kFused, bool kLevels = false>
+static void byte_rows(const Weight& w, int64_t first, int64_t last, const Strips& x, float* y, int64_t y_stride) {
     for (int64_t row = first; row < last; ++row)
         if (w.segment_count == 1)
-            dot_row<kTokens, kFused, true>(w, row, x, y + row, y_stride);
+            dot_row<kTokens, kFused, true, kLevels>(w, row, x, y + row, y_stride);
         else
-            dot_row<kTokens, kFused, false>(w, row, x, y + row, y_stride);
+            dot_row<kTokens, kFused, false, kLevels>(w, row, x, y + row, y_stride);
 }
 
 template <int kTokens>
 INLINE void dot_bytes_of(const Weight& w, int64_t first, int64_t last, const Strips& x, float* y, int64_t y_stride) {
-    if (w.fused == 1) return dot_rows<kTokens, 1>(w, first, last, x, y, y_stride);
-    if (w.fused == 2) return dot_rows<kTokens, 2>(w, first, last, x, y, y_stride);
-    if (w.fused == 4) return dot_rows<kTokens, 4>(w, first, last, x, y, y_stride);
-    dot_rows<kTokens, 8>(w, first, last, x, y, y_stride);
+    if (w.integers.levels) return byte_rows<kTokens, 2, true>(w, first, last, x, y, y_stride);
+    if (w.fused == 1) return byte_rows<kTokens, 1>(w, first, last, x, y, y_stride);
+    if (w.fused == 2) return byte_rows<kTokens, 2>(w, first, last, x, y, y_stride);
+    if (w.fused == 4) return byte_rows<kTokens, 4>(w, first, last, x, y, y_stride);
+    byte_rows<kTokens, 8>(w, first, last, x, y, y_stride);
 }
 
 // Rows [first, last) times quantized tokens, to y [tokens, y_stride].
@@ -274,9 +285,9 @@ INLINE void dot_row(const Weight& w, int64_t row, const Strips& x, const Values&
         for (int t = 0; t < kTokens; ++t) results[t] += (products[0][t] + products[1][t]) * scale;
     }
     for (int t = 0; t < kTokens; ++t) {
-        const float sum = kWhole ? total_of(products[0][t] + products[1][t]) * w.scale[row * w.scales] : total_of(results[t]);
-        const bool shifted = w.offset || values.middle != 0;
-        y[t * y_stride] = (w.bias ? w.bias[row] : 0) + (shifted ? sum + offsets_of(w, row, x, t, values.middle) : sum);
+        if (kWhole) results[t] = (products[0][t] + products[1][t]) * w.scale[row * w.scales];
+        if (w.offset || values.middle != 0) results[t] += offsets_of(w, row, x, t, values.middle);
+        y[t * y_stride] = (w.bias ? w.bias[row] : 0) + total_of(results[t]);
     }
 }
 

@@ -53,11 +53,9 @@ Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Ro
     if (ratio_of(lost) > kMostLost) return {0, ratio_of(lost), 0, 0};
     Planned planned;
     make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.by_scale, &planned);
-    std::vector<float> scale(positions), rest(positions);
-    std::vector<int32_t> zero(positions);
-    for (int64_t t = 0; t < positions; ++t) scale[t] = grids[t].scale, rest[t] = grids[t].rest, zero[t] = grids[t].zero * 0x00800001;
+    const Positions own(1, positions, [&](int64_t, int64_t t) { return t < tokens ? &grids[t] : nullptr; });
     const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
-    const Activations a = {values.get(), starts.data(), step_bytes, positions, scale.data(), rest.data(), zero.data(), sums.get()};
+    const Activations a = own.activations(values.get(), starts.data(), step_bytes, sums.get(), planned.plan, w.cin);
     const Product product = {m, w, planned, a, vectors, 0, w.out};
     const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
         const int64_t first = vector * lanes;
@@ -99,9 +97,11 @@ Outcome few_products(const Method& m, const Weight& w, const float* x, float* y,
     const Buffer<Strip> cut(most);
     const Buffer<Grid> grids(tokens);
     const Buffer<int32_t> segments(most * lanes), counts(most * lanes), sums(m.codes ? most * tokens * lanes : 0);
+    const Buffer<int8_t> ones(w.integers.levels ? most * w.fused * 4 * lanes : 0);
     const Buffer<float> laid(inputs), totals = zeros(tokens * stride), room(m.codes ? w.cin / 4 + 1 : 0);
-    Strips strips = {tokens,     0,          stride,     cut.get(), segments.get(), counts.get(), grids.get(), reinterpret_cast<int8_t*>(laid.get()),
-                     laid.get(), sums.get(), totals.get()};
+    int8_t* bytes = reinterpret_cast<int8_t*>(laid.get());
+    Strips strips = {tokens, 0,          stride,     cut.get(),  segments.get(), counts.get(), grids.get(),
+                     bytes,  ones.get(), laid.get(), sums.get(), totals.get()};
     m.level->cut_strips(w, unit, &strips);
     for (int64_t t = 0; t < tokens; ++t)
         if (!m.codes)

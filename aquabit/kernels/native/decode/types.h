@@ -6,7 +6,7 @@
 #include "../rounding.h"
 #include "../segment.h"
 
-constexpr int kMostLanes = 16, kMostRows = 6, kMostVectors = 4;
+constexpr int kMostLanes = 16, kMostVectors = 2;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
 constexpr int64_t kSmallTile = 16384;  // bytes of decoded weights that a thread may hold of any layer: half of a first-level cache
 constexpr int64_t kDotRows = 4;        // so many tokens are multiplied row by row at once
@@ -16,20 +16,31 @@ constexpr int64_t kWideRun = 128;      // inputs between flushes then; 2^31 / 16
 constexpr double kMostLost = 4e-4;     // relative error of activations that are rounded to them
 constexpr int64_t kByteRun = 512;      // inputs between flushes where activations have at most 8 bits and weights up to 16
 constexpr int64_t kOwnRun = 64;        // groups of scales of so many inputs or more get integers of their own size
+constexpr int64_t kShortRun = 128;       // inputs of a run up to which a product more is felt
+constexpr int64_t kFarthestZero = 64;   // steps from the zero points' middle up to which float32 takes off the rest: it adds an error of
+                                        // at most 1e-5, where codes all have one sign and all but 2 of 320 inputs are zero
 constexpr int64_t kLongestRun = 16384;  // of 8 bits times 8 bits: their sums fit 128 times 16 bits
+
+// Codes as whole numbers: a code, or what ``levels`` has for it (16 of them; null: itself), times ``step`` less ``center`` is an integer
+// of 8 bits about zero: what cancels later need not be summed. A weight is that times ``unit`` times its scale, and an offset, which is
+// zero everywhere where ``centred``.
+struct Integers {
+    const uint8_t* levels;
+    int64_t bits, step, center;  // bits: of the levels
+    float unit, middle;          // what ``center`` stands for, in scales: a weight is (unit * integer + middle) * scale + offset
+    bool there, centred;
+};
 
 // An arranged weight, with the bias of a call. Rows are decoded to [area, cin].
 struct Weight {
     const uint8_t* codes;
     const float *tables, *scale, *offset, *bias;  // tables, offset and bias may be null
-    const Segment* segments;
-    int64_t segment_count, row_bytes, out, cin, area, bits, books, group, fused, kernel_order, table_sets, codewords, scales, offsets;
+    const Segment *segments, *stretches;          // stretches: segments that follow each other in the codes and in the row are one
+    int64_t segment_count, stretch_count, row_bytes, out, cin, area, bits, books, group, fused, kernel_order, table_sets, codewords, scales,
+        offsets;
+    Integers integers;
 
     int64_t length() const { return cin * area; }
-    // Uniform codes are multiplied as code * step - center, about zero: what cancels later need not be summed. 7 and 8 bits have no room
-    // for the exact middle.
-    int64_t step() const { return bits <= 6 ? 2 : 1; }
-    int64_t center() const { return bits <= 6 ? (int64_t(1) << bits) - 1 : int64_t(1) << (bits - 1); }
 };
 
 // Weights at one tap that are multiplied in one go: ``steps`` dwords (4 inputs of 8 bits, 2 of 16) of a row, aligned to whole steps of
@@ -57,6 +68,7 @@ struct Plan {
     const Range* ranges;
     int64_t run_count, range_count, slot_bytes;
     bool straight;  // 8 bits of a row lie in its slot as they are decoded
+    int64_t even;   // inputs of each run, one piece, where they are the same power of two from 4 on; else 0
 };
 
 // Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q - zero + rest) * scale. A zero point that is
@@ -73,17 +85,25 @@ struct Activations {
     int64_t step_bytes, positions;
     const float *scale, *rest;  // [ranges, positions]
     const int32_t* zero;        // [ranges, positions]: pairs of 16 bits (zero, 128 zero), or null
+    const float* left;          // [ranges, positions]: middle less zero
     float* sums;                // [runs, positions] of integers less zero
+    int64_t middle[2];          // of the zero points, by range
+    bool apart;                 // zero points lie farther from it than kFarthestZero: each is taken off in integers
 };
+
+// What is known of a run of a row: the scale of its integers, what is added for each input, and the sum of the integers, which zero
+// points are multiplied with: times the middle zero point, negative; or, of zero points apart, negative as pairs of 16 bits (low, high / 128).
+enum Known { kFactor, kOffset, kStart, kKnown };
 
 // Decoded rows.
 struct Tile {
     const uint8_t* slots;
-    int64_t row_bytes, rows;          // rows: padded to whole blocks; the stride of what follows
-    const float *factor, *offset;     // [runs, rows]; offset null: there is none
-    const float *total;               // [ranges, rows]: what a one in each input gives
-    const float *bias;                // [rows]
-    const int32_t* shift;             // [runs, rows]: less the sum of the integers, as pairs of 16 bits (low, high / 128)
+    int64_t row_bytes, rows;  // rows: padded to whole blocks; the stride of ``total`` and ``whole``
+    const float* known;       // [rows, kKnown, runs]; kStart: int32
+    const float *total;       // [ranges, rows]: what a one in each input gives
+    const float *whole;       // [ranges, rows]: the same without offsets
+    const float *bias;        // [rows]
+    bool offsets;             // whether there are any
 };
 
 // A vector of a row's codes: ``bytes`` from byte ``from`` on, the first of them in segment ``first``.
@@ -98,6 +118,7 @@ struct Strips {
     int32_t *segments, *inputs;  // [strips, lanes]: each lane's segment, less the strip's first, and how many inputs it meets
     Grid* grids;                 // [tokens]
     int8_t* bytes;               // their integers, less 128
+    int8_t* ones;                // a one for each input, laid out as a token's; of codes with levels only, where no code is a zero
     float* floats;               // or they as they are
     int32_t* sums;               // [strips, tokens, lanes] of the integers less zero, times the codes' center; of several segments only
     float* totals;               // [tokens, stride]: of each segment the sum of its inputs, of integers less zero; zeros at the end
@@ -120,9 +141,9 @@ struct Level {
     void (*multiply)(const Plan&, const Tile&, int64_t row, int64_t rows, const Activations&, bool wide, int64_t vector, int64_t vectors,
                      float* y);
     void (*sum)(const Plan&, const Activations&, const uint8_t* ones, bool wide, int64_t vector, int64_t vectors);
-    void (*fill_codes)(const Weight&, const Plan&, bool wide, int64_t row, int8_t* room, uint8_t* slot, float* factor, float* offset,
-                       int32_t* shift, float* total, int64_t stride);
-    void (*fill_values)(const Weight&, const Plan&, int64_t most, int64_t row, float* room, uint8_t* slot, float* factor, float* total,
+    void (*fill_codes)(const Weight&, const Plan&, const Activations&, bool wide, int64_t row, int8_t* room, int32_t* sums, uint8_t* slot,
+                       float* known, float* total, float* whole, int64_t stride);
+    void (*fill_values)(const Weight&, const Plan&, int64_t most, int64_t row, float* room, uint8_t* slot, float* known, float* total,
                         int64_t stride, Errors*);
     void (*decode_row)(const Weight&, int64_t row, float* room);
     bool (*token_grid)(const float* x, int64_t n, int64_t bits, bool wide, Grid*);
