@@ -22,7 +22,6 @@ from typing import Any
 
 Call = Callable[[], Any]
 Ready = Callable[[Call, dict[str, Any]], None]  # given a call and what is to be said, answers until the end
-GROUP = 128  # of SDNQ's 4 bits: its own choice would be by layer
 
 
 def inputs(folder: Path, dtype: Any) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def sdcpp(folder: Path, form: str, threads: int, ready: Ready) -> None:
             _beside(folder, network)
     model = sd.StableDiffusion(
         diffusion_model_path=str(folder / f"{form}.gguf"),
-        clip_l_path=str(folder / "clip.safetensors"),
+        model_path=str(folder / "clip.safetensors"),
         vae_path=str(folder / "vae.safetensors"),
         n_threads=threads,
         vae_decode_only=True,
@@ -207,7 +206,9 @@ def _beside(folder: Path, network: str) -> None:
     torch.manual_seed(0)
     if network == "clip":
         net = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+        prefix = "cond_stage_model.transformer.text_model."  # as a whole checkpoint has it
     else:
+        prefix = ""
         net = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -215,7 +216,8 @@ def _beside(folder: Path, network: str) -> None:
             layers_per_block=2,
             latent_channels=4,
         )
-    state = {n: t.half().contiguous() for n, t in net.state_dict().items()}
+    state = net.state_dict()
+    state = {prefix + n.removeprefix("text_model."): t.half().contiguous() for n, t in state.items()}
     save_file(state, folder / f"{network}.part")
     (folder / f"{network}.part").replace(folder / f"{network}.safetensors")
 
@@ -242,6 +244,7 @@ def main() -> None:
     os.dup2(2, 1)  # what programs print is no answer
     if hasattr(os, "sched_setaffinity"):  # threads of a program that takes no number of them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder / "inductor")  # compiled once
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     run, packages = PROGRAMS[given.program]

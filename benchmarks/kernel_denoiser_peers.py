@@ -29,13 +29,16 @@ HELPER = Path(__file__).parent / "kernel_denoiser_peer.py"
 PINS = ("torchao==0.18.0", "sdnq==0.2.8", "openvino==2026.4.1", "nncf==3.4.0", "diffusers", "accelerate")
 PINS = (*PINS, "transformers", "stable-diffusion-cpp-python==0.4.7", "torch")
 SD_CPP = "stable-diffusion.cpp"
-OTHERS = (("torchao", "float32"), ("torchao", "bfloat16"), ("openvino", "int8"), ("sdnq", "int8"))
-OTHERS = (*OTHERS, ("sdnq", "uint4"))
 GGUF = ("q2_K", "q4_0", "q8_0")
 OURS = {bits: f"usq{bits} a8" for bits in (2, 4, 8)}
-CASES = {  # name -> its configuration, threads, the others, seconds for rounds
-    "SD 1.5's U-Net at 64 x 64": (SD15, (2, 1), (*OTHERS, *((SD_CPP, form) for form in GGUF)), 120.0),
-    "DiT-XL/2, 28 blocks": (DIT, (2,), OTHERS, 30.0),
+FAST = (("torchao", "float32"), ("openvino", "int8"), ("sdnq", "int8"))
+OTHERS = (*FAST, ("torchao", "bfloat16"), ("sdnq", "uint4"))
+UNET, TRANSFORMER = "SD 1.5's U-Net at 64 x 64", "DiT-XL/2, 28 blocks"
+CONFIGS = {UNET: SD15, TRANSFORMER: DIT}
+CASES = {  # (model, threads) -> others, seconds of rounds
+    (UNET, 2): ((*OTHERS, *((SD_CPP, form) for form in GGUF)), 120.0),
+    (UNET, 1): ((*FAST, (SD_CPP, "q4_0")), 120.0),
+    (TRANSFORMER, 2): (OTHERS, 30.0),
 }
 ROUNDS = (3, 12)
 PAUSE = 0.05  # threads of torch and of OpenMP spin for a while after a call
@@ -43,8 +46,7 @@ PAUSE = 0.05  # threads of torch and of OpenMP spin for a while after a call
 
 def cases(only: str = "") -> list[tuple[str, int]]:
     """(model, threads), those whose text holds ``only``."""
-    every = [(name, count) for name, (_, counts, *_) in CASES.items() for count in counts]
-    return [(name, n) for name, n in every if only in f"{name}, {n} thread{'s' if n > 1 else ''}"]
+    return [(name, n) for name, n in CASES if only in f"{name}, {n} thread{'s' if n > 1 else ''}"]
 
 
 def denoiser_peers(
@@ -60,7 +62,7 @@ def denoiser_peers(
         )
     made: dict[str, dict[str, nn.Module]] = {}  # of one model at a time
     for name, count in cases(only):
-        config, _, programs, seconds = CASES[name]
+        config, (programs, seconds) = CONFIGS[name], CASES[name, count]
         place = folder / name.split()[0].lower().replace("/", "-")
         prepare(config, place, [form for program, form in programs if program == SD_CPP], progress)
         with ExitStack() as running, threads(count):
