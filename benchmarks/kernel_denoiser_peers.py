@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from aquabit.exports.exported import Exported
 from aquabit.exports.files import WRITERS
@@ -22,7 +22,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.quant.kernel_tuning import layers_of, place_
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import AquabitError, LayerChoice, Progress, QuantConfig, Scheme
-from benchmarks.kernel_models import DENSE, DIT, SD15, Maker, call_of, inputs_of
+from benchmarks.kernel_models import DIT, SD15, Maker, call_of, inputs_of
 from benchmarks.kernel_timing import paired, ratio, threads
 
 HELPER = Path(__file__).parent / "kernel_denoiser_peer.py"
@@ -31,16 +31,18 @@ PINS = (*PINS, "transformers", "stable-diffusion-cpp-python==0.4.7", "torch")
 SD_CPP = "stable-diffusion.cpp"
 GGUF = ("q2_K", "q4_0", "q8_0")
 OURS = {bits: f"usq{bits} a8" for bits in (2, 4, 8)}
+UNET, TRANSFORMER = "SD 1.5's U-Net at 64 x 64", "DiT-XL/2, 28 blocks"
+CONFIGS = {UNET: ("sd", SD15), TRANSFORMER: ("dit", DIT)}  # with the name of the folder of its files
+DENSE = (("dense", "float32"), ("dense", "bfloat16"))
 FAST = (("torchao", "float32"), ("openvino", "int8"), ("sdnq", "int8"))
 OTHERS = (*FAST, ("torchao", "bfloat16"), ("sdnq", "uint4"))
-UNET, TRANSFORMER = "SD 1.5's U-Net at 64 x 64", "DiT-XL/2, 28 blocks"
-CONFIGS = {UNET: SD15, TRANSFORMER: DIT}
-CASES = {  # (model, threads) -> others, seconds of rounds
-    (UNET, 2): ((*OTHERS, *((SD_CPP, form) for form in GGUF)), 120.0),
-    (UNET, 1): ((*FAST, (SD_CPP, "q4_0")), 120.0),
-    (TRANSFORMER, 2): (OTHERS, 30.0),
+CASES = {  # (model, threads) -> others that are called in turn with ours: as many as 20 GB hold, then more
+    (UNET, 2): (OTHERS, (*DENSE, *((SD_CPP, form) for form in GGUF))),
+    (UNET, 1): ((*FAST, DENSE[0], (SD_CPP, "q4_0")),),
+    (TRANSFORMER, 2): ((*DENSE, *OTHERS),),
 }
-ROUNDS = (3, 12)
+SECONDS = 40.0  # for the rounds of those that are called in turn
+ROUNDS = (3, 12)  # besides one that is not counted
 PAUSE = 0.05  # threads of torch and of OpenMP spin for a while after a call
 
 
@@ -62,21 +64,43 @@ def denoiser_peers(
         )
     made: dict[str, dict[str, nn.Module]] = {}  # of one model at a time
     for name, count in cases(only):
-        config, (programs, seconds) = CONFIGS[name], CASES[name, count]
-        place = folder / name.split()[0].lower().replace("/", "-")
-        prepare(config, place, [form for program, form in programs if program == SD_CPP], progress)
-        with ExitStack() as running, threads(count):
-            others = dict(started(running, python, place, programs, count, progress))
-            if name not in made:
-                made = {name: _models(config, progress)}
-            yield _timed(
-                made[name],
-                others,
-                {"model": name, "threads": count},
-                (1, 1) if quick else ROUNDS,
-                0.0 if quick else seconds,
-                progress,
-            )
+        own, config = CONFIGS[name]
+        place = folder / own
+        forms = {form for group in CASES[name, count] for program, form in group if program == SD_CPP}
+        prepare(config, place, sorted(forms), progress)
+        if name not in made:
+            made = {name: _models(config, progress)}
+        times: dict[str, list[float]] = {}
+        pairs: dict[str, dict[str, list[float]]] = {}  # of every variant, with the times of ours beside it
+        about: dict[str, dict[str, Any]] = {}
+        with threads(count):
+            calls = _calls(made[name], progress)
+            for group in CASES[name, count]:
+                with ExitStack() as running:
+                    others = dict(started(running, python, place, group, count, progress))
+                    progress(f"timing {name}, threads {count}", 0, 1)
+                    found = paired(
+                        {**calls, **others}, 0.0 if quick else SECONDS, (1, 1) if quick else ROUNDS, PAUSE
+                    )
+                    progress(f"timing {name}, threads {count}", 1, 1)
+                about |= {n: other.about for n, other in others.items()}
+                for variant, values in found.items():
+                    times.setdefault(variant, []).extend(values)
+                    beside = pairs.setdefault(variant, {ours: [] for ours in OURS.values()})
+                    for ours, theirs in beside.items():
+                        theirs.extend(found[ours])
+        yield [
+            {
+                "model": name,
+                "threads": count,
+                "variant": variant,
+                "ms": 1e3 * statistics.median(own),
+                "rounds": len(own),
+                **{f"slower_than_{bits}": ratio(own, pairs[variant][ours]) for bits, ours in OURS.items()},
+                **about.get(variant, {}),
+            }
+            for variant, own in times.items()
+        ]
 
 
 # ---- what the others read
@@ -179,52 +203,19 @@ def started(
 
 
 def _models(config: dict[str, Any], progress: Progress) -> dict[str, nn.Module]:
-    """Dense in float32 and bfloat16, and packed at every number of bits, activations rounded to 8."""
-    made, total = Maker(config), 2 + len(OURS)
-    found: dict[str, nn.Module] = {}
-    progress("making models", 0, total)
-    found[DENSE] = made("usq2", 16, dense=True)
-    found["dense bfloat16"] = made("usq2", 16, dense=True).bfloat16()
-    for done, (bits, name) in enumerate(OURS.items(), 2):
-        progress("making models", done, total)
+    """Packed at every number of bits, activations rounded to 8."""
+    made, found = Maker(config), dict[str, nn.Module]()
+    for done, (bits, name) in enumerate(OURS.items()):
+        progress("making models", done, len(OURS))
         found[name] = made(f"usq{bits}", 8)
-    progress("making models", total, total)
+    progress("making models", len(OURS), len(OURS))
     return found
 
 
-# ---- timing
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _timed(
-    models: dict[str, nn.Module],
-    others: dict[str, Other],
-    facts: dict[str, Any],
-    rounds: tuple[int, int],
-    seconds: float,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    calls: dict[str, Callable[[], object]] = {}
-    outputs: dict[str, Tensor] = {}
+def _calls(models: dict[str, nn.Module], progress: Progress) -> dict[str, Callable[[], object]]:
+    """Of ours, each with the kernels that are fastest on as many threads as there are now."""
+    found: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
-        call = call_of(model, 1, torch.bfloat16 if "bfloat16" in name else torch.float32)
-        place_(layers_of(model), call, "packed", progress)
-        calls[name] = lambda name=name, call=call: outputs.__setitem__(name, call())  # type: ignore[misc]
-    title = f"timing {facts['model']}, threads {facts['threads']}"
-    progress(title, 0, 1)
-    times = paired({**calls, **others}, seconds, rounds, PAUSE)
-    progress(title, 1, 1)
-    for name, y in outputs.items():
-        if not torch.isfinite(y).all():
-            raise AquabitError(f"{name} of {facts['model']} made numbers that are not finite")
-    return [
-        {
-            **facts,
-            "variant": name,
-            "ms": 1e3 * statistics.median(own),
-            "rounds": len(own),
-            **{f"slower_than_{bits}": ratio(own, times[ours]) for bits, ours in OURS.items()},
-            **(others[name].about if name in others else {}),
-        }
-        for name, own in times.items()
-    ]
+        found[name] = call_of(model, 1, torch.float32)
+        place_(layers_of(model), found[name], "packed", progress)
+    return found
