@@ -78,7 +78,8 @@ def torchao(folder: Path, form: str, threads: int, ready: Ready) -> None:
 
 
 def sdnq(folder: Path, form: str, threads: int, ready: Ready) -> None:
-    """Linear layers and convolutions, with its own int8 product of quantized activations."""
+    """Linear layers and convolutions, with its own int8 product of quantized activations; OpenVINO, which
+    computes it, takes every core there is."""
     import torch
 
     torch.set_num_threads(threads)
@@ -258,8 +259,6 @@ def main() -> None:
     given = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what programs print is no answer
-    if hasattr(os, "sched_setaffinity"):  # threads of a program that takes no number of them
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(given.folder / "inductor")  # compiled once
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ FAST = (("torchao", "float32"), ("openvino", "int8"), ("sdnq", "int8"))
 OTHERS = (*FAST, ("torchao", "bfloat16"), ("sdnq", "uint4"))
 CASES = {  # (model, threads) -> others that are called in turn with ours: as many as 20 GB hold, then more
     (UNET, 2): (OTHERS, (*DENSE, *((SD_CPP, form) for form in GGUF))),
-    (UNET, 1): ((*FAST, DENSE[0], (SD_CPP, "q4_0")),),
-    (TRANSFORMER, 2): ((*DENSE, *OTHERS),),
+    (UNET, 1): ((*FAST[:2], DENSE[0], (SD_CPP, "q4_0")),),  # SDNQ takes all cores
+    (TRANSFORMER, 2): ((*DENSE, *FAST),),
 }
 SECONDS = 40.0  # for the rounds of those that are called in turn
 ROUNDS = (3, 12)  # besides one that is not counted
@@ -189,17 +190,24 @@ def started(
     count: int,
     progress: Progress,
 ) -> Iterator[tuple[str, Other]]:
-    """Those that can be called, one after another; the others are said."""
-    for done, (program, form) in enumerate(programs):
-        progress("starting other programs", done, len(programs))
+    """Those that can be called, two made at a time; the others are said."""
+
+    def made(which: tuple[str, str]) -> Other | AquabitError:
         try:
-            other = Other(python, folder, program, form, count)
+            return Other(python, folder, *which, count)
         except AquabitError as error:
-            print(f"{program} {form} is skipped: {error}", flush=True)
-            continue
-        running.callback(other.close)
-        yield f"{program} {form}", other
-    progress("starting other programs", len(programs), len(programs))
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        for done, ((program, form), other) in enumerate(
+            zip(programs, pool.map(made, programs), strict=True), 1
+        ):
+            progress("starting other programs", done, len(programs))
+            if isinstance(other, AquabitError):
+                print(f"{program} {form} is skipped: {other}", flush=True)
+            else:
+                running.callback(other.close)
+                yield f"{program} {form}", other
 
 
 def _models(config: dict[str, Any], progress: Progress) -> dict[str, nn.Module]:

@@ -198,9 +198,9 @@ PARTS: dict[str, Callable[..., Rows | Iterator[Rows]]] = {
     "attention": attention,
     "peers": peers,
     "models": models,
-    "denoiser_peers": denoiser_peers,
     "bundled": bundled,
     "roofline": roofline,
+    "denoiser_peers": denoiser_peers,  # last: the only one that needs another Python
 }
 
 
