@@ -114,7 +114,7 @@ def maker(part: str, size: str) -> Maker:
 
 @cache
 def graph_of(part: str, size: str) -> Any:
-    return trace_network(maker(part, size)._empty())
+    return trace_network(maker(part, size).empty())
 
 
 _outputs: dict[tuple[str, int], Tensor] = {}  # of the dense model, by part and samples

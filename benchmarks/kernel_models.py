@@ -130,12 +130,13 @@ class Maker:
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
-        self.nodes = [(n, a) for n, a in trace(self._empty()).nodes(data=True) if a["kind"] != "merge"]
+        self.nodes = [(n, a) for n, a in trace(self.empty()).nodes(data=True) if a["kind"] != "merge"]
         self.codes: dict[tuple[str, tuple[int, ...]], CodebookWeight] = {}
         self.weights: dict[tuple[str, tuple[int, ...]], Weight] = {}
         self.decoded: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def _empty(self) -> nn.Module:
+    def empty(self) -> nn.Module:
+        """On the meta device."""
         with init_empty_weights(include_buffers=False):
             denoiser: nn.Module = getattr(diffusers, self.config["class"])(
                 **{k: v for k, v in self.config.items() if k != "class"}
@@ -143,7 +144,7 @@ class Maker:
         return denoiser
 
     def __call__(self, scheme: str, act: int, dense: bool = False) -> nn.Module:
-        denoiser, rng = self._empty(), torch.Generator().manual_seed(0)
+        denoiser, rng = self.empty(), torch.Generator().manual_seed(0)
         for name, node in self.nodes:
             layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
             layer.weight, layer.bias = (
@@ -214,6 +215,17 @@ def own(weight: Weight) -> Weight:
 
 def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype, device: str = "cpu") -> Call:
     """One call with ``batch`` samples of random inputs, the same for every denoiser of a class."""
+    inputs = inputs_of(denoiser, batch, dtype, device)
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return denoiser(**inputs).sample
+
+    return call
+
+
+def inputs_of(denoiser: nn.Module, batch: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+    """Random inputs of one call, the same for every denoiser of a class."""
     rng = torch.Generator().manual_seed(0)
 
     def real(value: Any) -> Any:
@@ -228,13 +240,7 @@ def call_of(denoiser: nn.Module, batch: int, dtype: torch.dtype, device: str = "
             else torch.zeros(shape, dtype=value.dtype, device=device)
         )
 
-    inputs = real(example_inputs(denoiser))
-
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return denoiser(**inputs).sample
-
-    return call
+    return {k: real(v) for k, v in example_inputs(denoiser).items()}
 
 
 # ---- timing

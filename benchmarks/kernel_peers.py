@@ -29,7 +29,7 @@ from benchmarks.kernel_timing import (
 )
 
 SHAPES = {"1152 -> 4608": (4608, 1152), "1152 -> 1152": (1152, 1152), "4608 -> 1152": (1152, 4608)}
-FORMATS = ("aq1x8g8", "aq2x6g8", "aq2x8g8", "aq4x4g8", "usq2", "usq4", "vq3c")
+FORMATS = ("aq1x8g8", "aq2x6g8", "aq2x8g8", "aq4x4g8", "usq2", "usq4", "usq8", "vq3c")
 TORCHAO = "torchao W8A8"
 MAIN = ("1152 -> 4608", 256, 2)  # the issue's: shape, tokens, threads
 CASES = (MAIN, (MAIN[0], 256, 1), *((s, t, 2) for t in (1, 256, 1024) for s in SHAPES if (s, t) != MAIN[:2]))

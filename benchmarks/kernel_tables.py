@@ -68,6 +68,7 @@ def by_case(rows: Rows, keep: Callable[[dict[str, Any]], bool], kernels: tuple[s
     return list(found.values())
 
 
+NEVER_SLOWER = 0.95  # than torchao at 8 bits, by more than 5 %
 WHOLE = {  # whole denoisers and what they are to be over dense ones, all activations rounded
     "U-Net of LDM-4's shapes": {"float32": 2.2, "bfloat16": 1.3},
     "DiT-XL/2, 28 blocks": {"float32": 3.3, "bfloat16": 1.6},
@@ -119,6 +120,8 @@ def figures(found: dict[str, Any]) -> Rows:
     ]
     rows.append(figure("best 2-bit format over torchao W8A8", 1.3, by_case(main, two_bits), "over_torchao"))
     rows.append(figure("best format over torchao W8A8", 1.3, by_case(main, lambda _: True), "over_torchao"))
+    eight = by_case([r for r in peers if "over_torchao" in r], of_format("usq8"))
+    rows.append(figure("8 bits over torchao W8A8", NEVER_SLOWER, eight, "over_torchao"))
     for tokens, target in ((256, 100.0), (1, 1.0)):
         mine = [r for r in peers if "over_aqlm" in r and r["tokens"] == tokens]
         rows.append(
@@ -129,6 +132,7 @@ def figures(found: dict[str, Any]) -> Rows:
                 "over_aqlm",
             )
         )
+    rows += denoiser_peer_figures(found.get("denoiser_peers", {}).get("rows", []))
     for model, targets in WHOLE.items():
         mine = {r["variant"]: r for r in models if r["model"] == model}
         two, four = ([mine[v]] if v in mine else [] for v in ("usq2 a8 packed", "usq4 a8 packed"))
@@ -164,6 +168,24 @@ def group_figures(rows: Rows) -> list[dict[str, Any] | None]:
             "over_uniform",
         )
         for (shape, kernel), own in _cases(coded, ("shape", "kernel")).items()
+    ]
+
+
+def denoiser_peer_figures(rows: Rows) -> list[dict[str, Any] | None]:
+    """How many times as long others' calls take as ours, in the worst case of models and threads."""
+    wanted = (
+        ("stable-diffusion.cpp q4_0", 4, 1.5),
+        ("torchao float32", 8, NEVER_SLOWER),
+        ("torchao bfloat16", 8, NEVER_SLOWER),
+    )
+    return [
+        figure(
+            f"whole denoisers, {bits} bits over {variant}",
+            target,
+            [[r] for r in rows if r["variant"] == variant],
+            f"slower_than_{bits}",
+        )
+        for variant, bits, target in wanted
     ]
 
 
@@ -381,6 +403,26 @@ def ways_section(rows: Rows) -> str:
     return table(head, lines)
 
 
+def denoiser_peers_section(rows: Rows) -> str:
+    parts = []
+    for (model, threads), mine in _cases(rows, ("model", "threads")).items():
+        lines = [
+            [
+                r["variant"],
+                r.get("quantized", ""),
+                f"{r['ms']:.0f}",
+                *(spread(r[f"slower_than_{bits}"]) for bits in (2, 4, 8)),
+                r["rounds"],
+            ]
+            for r in sorted(mine, key=lambda r: r["ms"])
+        ]
+        head = ["variant", "quantized", "ms a call", "over our 2 bits", "4 bits", "8 bits", "rounds"]
+        parts.append(f"### {model}, 1 sample, {count(threads, 'thread')}\n\n" + table(head, lines))
+    versions = {p: v for r in rows for p, v in r.get("versions", {}).items()}
+    parts.append(", ".join(f"{p} {v}" for p, v in sorted(versions.items())) + ".\n")
+    return "\n".join(parts)
+
+
 def roofline_section(rows: Rows) -> str:
     names = (
         "load_L1_ns",
@@ -497,6 +539,17 @@ ABOUT = {
             " hold, plans of the kernels included."
         ),
     ),
+    "denoiser_peers": (
+        "Whole denoisers in other programs",
+        (
+            "Each in a process of its own, called in turn with ours; its calls take so many times as long as"
+            " ours at 2, 4 and 8 bits, with quartiles. All weights are random. torchao: Int8DynamicActivation"
+            "Int8Weight, compiled. OpenVINO: NNCF's quantization after training, the rest in the type that it"
+            " takes by itself. SDNQ: its own quantized products, which OpenVINO computes."
+            " stable-diffusion.cpp: built for this machine with llamafile's products, flash"
+            " attention as it is faster; a step without guidance, of files by `aquabit export --to gguf`."
+        ),
+    ),
     "bundled": ("Bundled denoisers", "As above, of their classes and sizes."),
     "sharing": (
         "Layers that read the same tensor",
@@ -529,6 +582,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "attention": attention_section,
     "peers": peers_section,
     "models": models_section,
+    "denoiser_peers": denoiser_peers_section,
     "bundled": models_section,
     "sharing": ways_section,
     "compiled": ways_section,

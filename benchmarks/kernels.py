@@ -10,6 +10,9 @@ attention  attention with rounded probabilities against torch's own in float32 a
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
 models     a whole DiT-XL/2, one block of it, and a whole U-Net with LDM-4's shapes, at 2 bits of random
            codes, memory packed and auto
+denoiser_peers
+           a call of SD 1.5's U-Net and of DiT-XL/2, at 2, 4 and 8 bits, against torchao, OpenVINO, SDNQ and
+           stable-diffusion.cpp, which --python has
 bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one thread
 sharing    layers that read the same tensor (q, k, v) as they are, and as one product that rounds it once
 compiled   a bundled denoiser, packed, as it is and by torch.compile
@@ -17,7 +20,8 @@ roofline   what the machine can do, what each format asks of it, and the share t
            reached (after them)
 all        every part
 
-Each part takes up to four minutes (``--quick``: a few rounds of fewer cases) and replaces its own section of
+Each part takes up to four minutes (``models`` and ``denoiser_peers`` up to twelve, and more where files are
+missing; ``--quick``: a few rounds of fewer cases) and replaces its own section of
 benchmarks/results/kernels.json and kernels.md. Contenders of one case run in turn, in an order that changes
 from round to round, so that weights come from memory as in a model; ratios are within rounds.
 """
@@ -30,7 +34,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +96,9 @@ CONV = (
 THREADS = (1, 2)
 SECONDS = {1: 1.0, 256: 6.0, 1024: 11.0}  # of a case, by tokens
 CONV_SECONDS, UNIFORM_SECONDS = 12.0, 4.0
+
+WORK = Path(__file__).parent / "work"
+MACHINE = ("cpu", "level", "torch", "extension")  # what is said of it
 
 Rows = list[dict[str, Any]]
 
@@ -200,6 +207,19 @@ def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     return [row for row in _section(_read(), "models") if only and row["model"] not in done] + fresh
 
 
+def denoiser_peers(
+    progress: Progress, quick: bool, python: Path, folder: Path, only: str = ""
+) -> Iterator[Rows]:
+    """All rows again after every case, with those of cases that are not run."""
+    from benchmarks.kernel_denoiser_peers import denoiser_peers as run
+
+    rows = _section(_read(), "denoiser_peers") if only else []
+    for fresh in run(progress, quick, python, folder, only):
+        done = {(row["model"], row["threads"]) for row in fresh}
+        rows = [row for row in rows if (row["model"], row["threads"]) not in done] + fresh
+        yield rows
+
+
 def bundled(progress: Progress, quick: bool) -> Rows:
     from benchmarks.kernel_models import BUNDLED_CASES
     from benchmarks.kernel_models import models as run
@@ -225,7 +245,7 @@ def roofline(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick, *(_section(_read(), part) for part in ("linear", "conv")))
 
 
-PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
+PARTS: dict[str, Callable[..., Rows | Iterator[Rows]]] = {
     "linear": linear,
     "conv": conv,
     "groups": groups,
@@ -236,6 +256,7 @@ PARTS: dict[str, Callable[[Progress, bool], Rows]] = {
     "sharing": sharing,
     "compiled": compiled,
     "roofline": roofline,
+    "denoiser_peers": denoiser_peers,  # last: the only one that needs another Python
 }
 
 
@@ -300,34 +321,36 @@ def main() -> None:
         "--only",
         default="",
         metavar="TEXT",
-        help="models: those whose name holds TEXT; the others keep their rows",
+        help="models: those whose name holds TEXT; denoiser_peers: those of whose name and threads (... , 1"
+        " thread) it is part; the others keep their rows",
+    )
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=WORK / "denoiser-peers" / "bin" / "python",
+        help="denoiser_peers: the Python that has the other programs",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=WORK / "denoiser-peers-files",
+        help="denoiser_peers: where the files that they read are kept (8 GB)",
     )
     options = parser.parse_args()
-    folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(Path(__file__).parent / "work" / "timings")))
+    folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(WORK / "timings")))
     if options.retime:
         shutil.rmtree(folder, ignore_errors=True)
+    special = {"models": (options.only,), "denoiser_peers": (options.python, options.folder, options.only)}
     for part in PARTS if "all" in options.part else [p for p in options.part if p != "tables"]:
         started, before = time.perf_counter(), load()
         with bars() as progress:
-            rows = (
-                models(progress, options.quick, options.only)
-                if part == "models"
-                else PARTS[part](progress, options.quick)
-            )
-        about = {k: v for k, v in machine(torch.get_num_threads()).items() if k not in ("threads", "gpu")}
-        command = f"python benchmarks/kernels.py {part}{' --quick' if options.quick else ''}"
-        _write(
-            _read()
-            | {
-                part: {
-                    "command": command,
-                    "machine": about,
-                    "load": before,
-                    "seconds": time.perf_counter() - started,
-                    "rows": rows,
-                }
-            }
-        )
+            made = PARTS[part](progress, options.quick, *special.get(part, ()))
+            for rows in [made] if isinstance(made, list) else made:
+                about = {k: v for k, v in machine(torch.get_num_threads()).items() if k in MACHINE}
+                command = f"python benchmarks/kernels.py {part}{' --quick' if options.quick else ''}"
+                seconds = time.perf_counter() - started
+                facts = {"command": command, "machine": about, "load": before, "seconds": seconds}
+                _write(_read() | {part: {**facts, "rows": rows}})
         print(
             f"{part}: {len(rows)} rows in {time.perf_counter() - started:.0f} s (load before: {before:.1f})",
             flush=True,

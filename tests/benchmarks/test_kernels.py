@@ -3,11 +3,15 @@ the figures and their tables."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import kernel_denoiser_peers as denoiser_peers
 from benchmarks import kernel_groups
 from benchmarks import kernel_tables as tables
 from benchmarks.kernel_roofline import Machine, bound, work
@@ -219,3 +223,57 @@ def test_markdown_holds_every_part_that_was_measured() -> None:
     )
     assert "| usq2 | 2.00 | 0.333 |" in text and "### 1152 -> 1152, 256 tokens, 1 thread" in text
     assert "Whole denoisers" not in text and tables.markdown({}).startswith("# Kernels")
+
+
+HELPER = """
+import sys
+sys.stderr.write("loading\\n")
+if "--form=none" in " ".join(sys.argv).replace("--form ", "--form="):
+    raise ImportError("no such program")
+print('{"quantized": "all"}', flush=True)
+for _ in sys.stdin:
+    print(flush=True)
+"""
+
+
+def test_other_programs_are_called_in_their_own_process_or_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    monkeypatch.setattr(denoiser_peers, "HELPER", tmp_path / "helper.py")
+    programs = (("torchao", "none"), ("torchao", "float32"))
+    with ExitStack() as running:
+        started = denoiser_peers.started(
+            running, Path(sys.executable), tmp_path, programs, 1, lambda *_: None
+        )
+        found = dict(started)
+        assert list(found) == ["torchao float32"] and found["torchao float32"].about == {"quantized": "all"}
+        assert paired(found, 0.0, (2, 2))["torchao float32"][1] > 0
+        process = found["torchao float32"].process
+    assert process.poll() is not None  # ended with the rounds
+    assert "torchao none is skipped: ImportError: no such program" in capsys.readouterr().out
+
+
+def test_other_programs_have_figures_and_a_table() -> None:
+    def row(variant: str, threads: int, times: float, **facts: object) -> dict[str, Any]:
+        spread = {"median": times, "low": times, "high": times}
+        slower = {f"slower_than_{bits}": spread for bits in (2, 4, 8)}
+        own = {"model": "a U-Net", "threads": threads, "variant": variant, "ms": 1000 * times, "rounds": 3}
+        return own | slower | facts
+
+    rows = [row("usq4 a8", 2, 1.0), row("stable-diffusion.cpp q4_0", 2, 1.4), row("torchao float32", 1, 0.97)]
+    rows.append(row("stable-diffusion.cpp q4_0", 1, 3.0, quantized="Linear", versions={"it": "0.4"}))
+    found = {f["claim"]: f for f in tables.figures({"denoiser_peers": {"rows": rows}})}
+    slow = found["whole denoisers, 4 bits over stable-diffusion.cpp q4_0"]
+    assert (slow["reached"], slow["met"]) == (1.4, False)
+    assert found["whole denoisers, 8 bits over torchao float32"]["met"]
+    assert not any("bfloat16" in claim for claim in found)
+    text = tables.denoiser_peers_section(rows)
+    assert "| stable-diffusion.cpp q4_0 | Linear | 3000 | 3.00 (3.00 to 3.00) |" in text and "it 0.4." in text
+
+
+def test_cases_of_other_programs_are_chosen_by_model_and_threads() -> None:
+    every = denoiser_peers.cases()
+    assert len(every) > len(denoiser_peers.cases("SD 1.5")) > 1
+    assert {count for _, count in denoiser_peers.cases(", 1 thread")} == {1}
+    assert denoiser_peers.cases("nothing") == []
