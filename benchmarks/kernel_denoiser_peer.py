@@ -187,7 +187,6 @@ def sdcpp(folder: Path, form: str, threads: int, ready: Ready) -> None:
         vae_path=str(folder / "vae.safetensors"),
         n_threads=threads,
         vae_decode_only=True,
-        diffusion_flash_attn=os.environ.get("SDCPP_FLASH") == "1",
         verbose=True,
     )
     asked, done = threading.Semaphore(0), threading.Semaphore(0)

@@ -27,8 +27,10 @@ from benchmarks.kernel_models import DIT, SD15, Maker, call_of, inputs_of
 from benchmarks.kernel_timing import paired, ratio, threads
 
 HELPER = Path(__file__).parent / "kernel_denoiser_peer.py"
-PINS = ("torchao==0.18.0", "sdnq==0.2.8", "openvino==2026.4.1", "nncf==3.4.0", "diffusers", "accelerate")
-PINS = (*PINS, "transformers", "stable-diffusion-cpp-python==0.4.7", "torch")
+PINS = (
+    *("torchao==0.18.0", "sdnq==0.2.8", "openvino==2026.4.1", "nncf==3.4.0"),
+    *("stable-diffusion-cpp-python==0.4.7", "diffusers", "accelerate", "transformers", "torch"),
+)
 SD_CPP = "stable-diffusion.cpp"
 GGUF = ("q2_K", "q4_0", "q8_0")
 OURS = {bits: f"usq{bits} a8" for bits in (2, 4, 8)}
@@ -36,9 +38,8 @@ UNET, TRANSFORMER = "SD 1.5's U-Net at 64 x 64", "DiT-XL/2, 28 blocks"
 CONFIGS = {UNET: ("sd", SD15), TRANSFORMER: ("dit", DIT)}  # with the name of the folder of its files
 DENSE = (("dense", "float32"), ("dense", "bfloat16"))
 FAST = (("torchao", "float32"), ("openvino", "int8"), ("sdnq", "int8"))
-OTHERS = (*FAST, ("torchao", "bfloat16"), ("sdnq", "uint4"))
 CASES = {  # (model, threads) -> others that are called in turn with ours: as many as 20 GB hold, then more
-    (UNET, 2): (OTHERS, (*DENSE, *((SD_CPP, form) for form in GGUF))),
+    (UNET, 2): (FAST, (*DENSE, *((SD_CPP, form) for form in GGUF))),
     (UNET, 1): ((*FAST[:2], DENSE[0], (SD_CPP, "q4_0")),),  # SDNQ takes all cores
     (TRANSFORMER, 2): ((*DENSE, *FAST),),
 }
@@ -134,11 +135,11 @@ def write_gguf(config: Mapping[str, Any], form: str, out: Path) -> None:
     coded: dict[tuple[int, ...], CodebookWeight] = {}
     weights: dict[str, CodebookWeight] = {}
     for name, node in layers(graph).items():
-        shape = tuple(node["shape"])
-        if node["kind"] == "linear" and scheme.refuses(shape) is None:
-            if shape not in coded:
-                coded[shape] = quantize_weight(0.02 * torch.randn(shape, generator=rng), scheme)
-            weights[name] = coded[shape]
+        sizes = tuple(node["shape"])
+        if node["kind"] == "linear" and scheme.refuses(sizes) is None:
+            if sizes not in coded:
+                coded[sizes] = quantize_weight(0.02 * torch.randn(sizes, generator=rng), scheme)
+            weights[name] = coded[sizes]
     config_ = QuantConfig("0" * 16, {name: LayerChoice(scheme) for name in weights}, "random")
     part = out.with_suffix(".part")
     WRITERS["gguf"].write(Exported(net, config_, graph, weights), part)

@@ -128,7 +128,7 @@ class Maker:
     Nothing else is quantized but, below 16 bits of activations, what packed artifacts quantize (softmax
     outputs, Q, K and V)."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: Mapping[str, Any]):
         self.config = config
         self.nodes = [(n, a) for n, a in trace(self.empty()).nodes(data=True) if a["kind"] != "merge"]
         self.codes: dict[tuple[str, tuple[int, ...]], CodebookWeight] = {}

@@ -173,11 +173,7 @@ def group_figures(rows: Rows) -> list[dict[str, Any] | None]:
 
 def denoiser_peer_figures(rows: Rows) -> list[dict[str, Any] | None]:
     """How many times as long others' calls take as ours, in the worst case of models and threads."""
-    wanted = (
-        ("stable-diffusion.cpp q4_0", 4, 1.5),
-        ("torchao float32", 8, NEVER_SLOWER),
-        ("torchao bfloat16", 8, NEVER_SLOWER),
-    )
+    wanted = (("stable-diffusion.cpp q4_0", 4, 1.5), ("torchao float32", 8, NEVER_SLOWER))
     return [
         figure(
             f"whole denoisers, {bits} bits over {variant}",
@@ -546,8 +542,8 @@ ABOUT = {
             " ours at 2, 4 and 8 bits, with quartiles. All weights are random. torchao: Int8DynamicActivation"
             "Int8Weight, compiled. OpenVINO: NNCF's quantization after training, the rest in the type that it"
             " takes by itself. SDNQ: its own quantized products, which OpenVINO computes."
-            " stable-diffusion.cpp: built for this machine with llamafile's products, flash"
-            " attention as it is faster; a step without guidance, of files by `aquabit export --to gguf`."
+            " stable-diffusion.cpp: built for this machine with llamafile's products; a step"
+            " without guidance, of files by `aquabit export --to gguf`."
         ),
     ),
     "bundled": ("Bundled denoisers", "As above, of their classes and sizes."),
