@@ -138,6 +138,7 @@ class Truth:
 
     layers: list[str]
     worse: dict[str, np.ndarray]
+    images: int  # of a measurement
     damage: (
         np.ndarray
     )  # [layers]: what the swap adds to the mean squared change of images where the layer alone is quantized
@@ -194,7 +195,12 @@ def read_truth(folder: Path, model: str) -> Truth:
     before, after = (
         damages.weights[rows, [column[getattr(p, end)] for p in players]] for end in ("before", "after")
     )
-    return Truth([p.layer for p in players], dict(zip(METRICS, worse, strict=True)), after - before)
+    return Truth(
+        [p.layer for p in players],
+        dict(zip(METRICS, worse, strict=True)),
+        study.protocol.images,
+        after - before,
+    )
 
 
 def gain(effect: np.ndarray, rival: np.ndarray, real: np.ndarray) -> list[float]:
@@ -282,6 +288,7 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
                 "metric": metric,
                 **spent,
                 "images": study.protocol.images,
+                "truth_images": truth.images,
                 "contexts": truth.worse[metric].shape[1],
             }
             row |= {
@@ -339,15 +346,15 @@ def table(found: dict[str, Any]) -> str:
         ),
         "",
         (
-            "| model | metric | arm | measurements | images | contexts | reliability, half, all | combined |"
-            " predicted | damages | combined - damages | direct swaps (layers), combined of these |"
+            "| model | metric | arm | measurements | images, of the truth | contexts | reliability, half, all |"
+            " combined | predicted | damages | combined - damages | direct swaps (layers), combined of these |"
         ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in arms:
         lines.append(
             f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} |"
-            f" {r.get('images', IMAGES)} | {r['contexts']} |"
+            f" {r.get('images', IMAGES)}, {r.get('truth_images', IMAGES)} | {r['contexts']} |"
             f" {shown(r['half'])}, {shown(r['reliability'])} | {shown(r['combined'])} |"
             f" {shown(r['predicted'])} | {shown(r['damages'])} | {r['gain'][0]:+.2f} to {r['gain'][1]:+.2f} |"
             f" {shown(r['direct'])} ({r['swapped']}), {shown(r['combined_of_swapped'])} |"
