@@ -346,8 +346,9 @@ def table(found: dict[str, Any]) -> str:
         ),
         "",
         (
-            "| model | metric | arm | measurements | images, of the truth | contexts | reliability, half, all |"
-            " combined | predicted | damages | combined - damages | direct swaps (layers), combined of these |"
+            "| model | metric | arm | measurements | images, of the truth | contexts | reliability, half, all"
+            " | combined | predicted | damages | combined - damages | direct swaps (layers), combined of"
+            " these |"
         ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
