@@ -172,10 +172,12 @@ class Maker:
     def _coded(self, key: tuple[str, tuple[int, ...]]) -> CodebookWeight:
         if key not in self.codes:
             made = random_weight(format_for(Scheme.parse(key[0]), key[1]), seed=len(key[1]) + sum(key[1]))
-            if (
-                made.codebooks is None and made.scale is not None
-            ):  # around zero: weights of one sign would grow without bound
-                made = replace(made, offset=-made.scale * ((1 << made.bits) - 1) / 2)
+            if made.codebooks is None and made.scale is not None:
+                # around zero, and as large at any bits: else values grow through the layers until
+                # some are not finite, which the kernel of attention leaves
+                most = (1 << made.bits) - 1
+                scale = made.scale * 3 / most
+                made = replace(made, scale=scale, offset=-scale * most / 2)
             self.codes[key] = made
         return self.codes[key]
 

@@ -213,6 +213,17 @@ def rank(row: Mapping[str, Any]) -> tuple[int, ...]:
     return list(RECIPES).index(row["target"]), MODELS.index(row["model"]), place, order
 
 
+def left_out(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence that names the targets that were not run on some of the models; empty where all were."""
+    done = {(r["target"], r["model"]) for r in rows}
+    missing = [
+        f"{target} on {' and '.join(f'`{m}`' for m in models)}"
+        for target in RECIPES
+        if (models := [m for m in MODELS if (target, m) not in done])
+    ]
+    return f" Not run: {', '.join(missing)}." if missing else ""
+
+
 def text(found: dict[str, Any]) -> str:
     lines = [
         "# Inside the formats of other programs",
@@ -226,7 +237,7 @@ def text(found: dict[str, Any]) -> str:
         f" the target's own quantizer rounds it ({rounded_by(found['rows'])}), bytes counted as ours. Found:"
         " the program over damages, of the target's formats alone; without a row at 85 % nothing so small can"
         " be had. FID is of 128 images in the features of"
-        " the bundled classifier.",
+        f" the bundled classifier.{left_out(found['rows'])}",
         "",
         "| target | model | configuration | bytes | bits | PSNR [dB] | FID | PSNR over the recipe |"
         " over the target's own rounding |",

@@ -3,8 +3,6 @@ tile-decode backend: against their stored weights, decoded by torch, multiplied 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,6 +17,7 @@ from aquabit.kernels.backends.decode import _prepared, decode_conv2d, decode_lev
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.kernels.geometry import Geometry
+from tests.kernels.thread_count import threads
 
 LEVELS = decode_levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the C++ extension was not built")
@@ -53,16 +52,6 @@ def linear64(x: Tensor, weight: CodebookWeight, bias: Tensor | None, act: Roundi
 
 def error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).abs().max() / expected.abs().max())
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @levels

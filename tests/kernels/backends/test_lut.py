@@ -3,8 +3,6 @@ accuracy, odd shapes, hostile inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
@@ -23,6 +21,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.geometry import Geometry
 from aquabit.scheme import AquabitError
 from tests.coded_weights import FORMATS, coded, group_of
+from tests.kernels.thread_count import threads
 
 native = pytest.mark.skipif(not hasattr(lut._native, "LutWeight"), reason="the C++ extension was not built")
 pytestmark = [native, pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")]
@@ -64,16 +63,6 @@ def conv_error(x: Tensor, decoded: Tensor, y: Tensor, bias: Tensor | None = None
         conv2d(wide, decoded, None if bias is None else bias.double(), *how),
         conv2d(wide**2, decoded**2, None, *how),
     )
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("exact", [True, False])
