@@ -2,7 +2,7 @@
 benchmarks/effects.py PART ... [--folder DIR] [--models ...]
 
 measure    a study an arm: 60 configurations of a design, then 20 real swaps that `validate` plans (40
-           measurements at most)
+           measurements at most); "in-context" is the first arm with output errors of all swaps in 4 contexts
 truth      every layer that has both ends of the swap, in 4 good contexts of a seed of its own, each on a
            block of fresh seeds of its own
 ceiling    the 60 configurations of each study on other images too: how well any prediction could rank the
@@ -17,6 +17,7 @@ model on one core, and continues where it stopped.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ from benchmarks.common import (
 )
 from benchmarks.searches import SPACE, study_path
 
-ARMS = ("near:0.75", "random")
+IN_CONTEXT = "in-context"  # the first arm's measurements, and output errors as `aquabit run` has them
+ARMS = ("near:0.75", "random", IN_CONTEXT)
 SAMPLES, FLIPS, BITS, SWAP = 60, 20, 3.0, "usq4h:usq2h"
 CONTEXTS, SEED = 4, 20_261_129
 IMAGES = 128
@@ -65,9 +67,18 @@ def file_of(folder: Path, model: str, what: str) -> Path:
 
 def measure(folder: Path, bank: Path, model: str, arms: Sequence[str], images: int) -> None:
     from aquabit.sensitivity.designs import draw
+    from aquabit.sensitivity.effects import context_effects
     from aquabit.sensitivity.effects.validation import validate_in
 
     for arm in arms:
+        if arm == IN_CONTEXT:
+            first, own = (file_of(folder, model, a) for a in (ARMS[0], arm))
+            if not own.exists():
+                shutil.copy(first, own)
+            with open_study(folder, bank, model, arm, images) as session:
+                number = context_effects.IN_CONTEXT
+                context_effects.measure_in_context(session, number, BITS, SWAP, progress=say)
+            continue
         with open_study(folder, bank, model, arm, images) as session:
             session.references(say)
             session.measure(draw(session, arm, SAMPLES, 0), "sample", say, what=f"{model}, {arm}")
@@ -75,7 +86,7 @@ def measure(folder: Path, bank: Path, model: str, arms: Sequence[str], images: i
 
 
 def ceiling(folder: Path, bank: Path, model: str, arms: Sequence[str], images: int) -> None:
-    for arm in arms:
+    for arm in (a for a in arms if a != IN_CONTEXT):
         with open_study(folder, bank, model, arm, images) as session:
             other = [session.protocol.block(CEILING_BLOCK)]
             session.measure([session.space.full_precision()], "reference", say, other, "full precision")

@@ -58,11 +58,11 @@ class EnsembleBound:
         self.each, self.root = each, allowed
         self.columns = feature_sums(encoder, each)
         self.trees = Leaves.of(surrogate.boosters_)
-        linear = surrogate.linear_
-        self.ridge = np.zeros(len(self.columns)) if linear is None else surrogate.linear * linear.weights
-        self.constant = 0.0
+        linear, share = surrogate.linear_, surrogate.share_
+        self.ridge, self.constant = np.zeros(len(self.columns)), 0.0
         if linear is not None:
-            self.constant = surrogate.linear * (linear.intercept - float(linear.weights @ linear.mean))
+            self.ridge[linear.columns] = share * linear.weights
+            self.constant = share * (linear.intercept - float(linear.weights @ linear.mean))
         layer, self.value = own_values(encoder, each)
         self.own = layer >= 0
         self.layer = np.where(self.own, self.groups.index[layer], -1)

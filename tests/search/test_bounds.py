@@ -25,7 +25,15 @@ class Small:
     """A made-up model of a few layers, a surrogate fitted to an objective that is not additive, and all
     configurations."""
 
-    def __init__(self, seed: int, probed: bool, steps: bool = False, count: int = 4, **options: Any):
+    def __init__(
+        self,
+        seed: int,
+        probed: bool,
+        steps: bool = False,
+        count: int = 4,
+        added_up: bool = False,
+        **options: Any,
+    ):
         rng, graph = np.random.default_rng(seed), nx.DiGraph(other_elements=10)
         for i in range(count):
             shape = (int(rng.integers(8, 40)), int(rng.integers(8, 60)))
@@ -67,9 +75,12 @@ class Small:
         y = self.y = np.exp(
             error @ rng.lognormal(0, 1, count) + 3 * np.sqrt(error[:, 0] * error[:, -1])
         ) + 0.1 * rng.random(80)
-        self.surrogate = Surrogate(rounds=20, leaf=2.0, linear=float(rng.choice([0.0, 0.5, 1.0]))).fit(
-            self.encoder(rows), y
-        )
+        if added_up:
+            y = self.y = y + self.encoder.damages(rows).sum(1)
+            model = Surrogate.for_model(self.encoder, rounds=20, leaf=2.0)
+        else:
+            model = Surrogate(rounds=20, leaf=2.0, linear=float(rng.choice([0.0, 0.5, 1.0])))
+        self.surrogate = model.fit(self.encoder(rows), y)
 
     def predict(self, rows: Choices) -> np.ndarray:
         return self.surrogate.predict(self.encoder(rows))
@@ -88,12 +99,16 @@ def all_choices(allowed: np.ndarray) -> np.ndarray:
     return np.array(list(itertools.product(*(np.flatnonzero(row) for row in allowed))))
 
 
-@pytest.mark.parametrize(("probed", "steps"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("probed", "steps", "added_up"),
+    [(False, False, False), (True, False, False), (True, False, True), (True, True, True)],
+)
 @pytest.mark.parametrize("seed", range(2))
 def test_no_prediction_in_a_box_within_the_budget_is_below_the_bound(
-    seed: int, probed: bool, steps: bool
+    seed: int, probed: bool, steps: bool, added_up: bool
 ) -> None:
-    made = Small(seed, probed, steps, count=3 if steps else 4, excluded=["l2"])
+    made = Small(seed, probed, steps, 3 if steps else 4, added_up, excluded=["l2"])
+    assert not added_up or made.surrogate.linear_
     options = Options.of(made.cost, between(made.cost, 0.5, "bits", "bops"))
     bound, rng, tight = made.bound(options), np.random.default_rng(seed), []
     for share in (1.0, 1.0, 0.6, 0.6, 0.4, 0.2):
@@ -113,8 +128,9 @@ def test_no_prediction_in_a_box_within_the_budget_is_below_the_bound(
     assert np.median(tight) < (6 if probed else 2)  # a bound of minus infinity would be valid too
 
 
-def test_a_single_configuration_is_bounded_by_its_own_prediction() -> None:
-    made = Small(1, probed=True)
+@pytest.mark.parametrize("added_up", [False, True])
+def test_a_single_configuration_is_bounded_by_its_own_prediction(added_up: bool) -> None:
+    made = Small(1, probed=True, added_up=added_up)
     options = Options.of(made.cost, between(made.cost, 0.5, "bits"))
     bound = made.bound(options)
     for config in made.space.sample(5, 9):
@@ -123,7 +139,7 @@ def test_a_single_configuration_is_bounded_by_its_own_prediction() -> None:
         found, _ = bound(allowed, options.costs, options.caps * 10)
         value = made.predict(options.columns.split(choice[None]))[0]
         assert (
-            found == pytest.approx(value, abs=0.03 * made.surrogate.spread_) and found <= value
+            found == pytest.approx(value, abs=0.05 * made.surrogate.spread_) and found <= value
         )  # sums that lie on a threshold
 
 

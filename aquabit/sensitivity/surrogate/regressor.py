@@ -105,27 +105,37 @@ class Estimator(RegressorMixin, BaseEstimator, ABC):
 
 @dataclass(frozen=True)
 class Linear:
-    """Ridge on standardised columns, its penalty chosen by exact leave-one-out error."""
+    """Ridge on standardised columns, its penalty chosen by exact leave-one-out error. ``columns`` are the
+    numbers of those that it looks at, among all that it is given; ``mean`` and ``weights`` are of these."""
 
+    columns: np.ndarray
     mean: np.ndarray
     weights: np.ndarray
     intercept: float
     left_out: np.ndarray  # prediction of each training row by the model fitted without it
 
     @staticmethod
-    def fit(X: np.ndarray, z: np.ndarray, penalties: Sequence[float] = RIDGE_PENALTIES) -> Linear:
+    def fit(
+        X: np.ndarray,
+        z: np.ndarray,
+        penalties: Sequence[float] = RIDGE_PENALTIES,
+        columns: Sequence[int] | None = None,
+    ) -> Linear:
+        """Of ``X`` [n, all columns]: of all of them, or of the numbered ones."""
+        looked_at = np.arange(X.shape[1]) if columns is None else np.array(columns, int)
+        X = X[:, looked_at]
         mean, spread = X.mean(0), X.std(0)
         spread = np.where(spread < 1e-6, np.inf, spread)  # a constant column says nothing
-        columns, centered = (X - mean) / spread, z - z.mean()
-        values, vectors = np.linalg.eigh(columns @ columns.T)
+        scaled, centered = (X - mean) / spread, z - z.mean()
+        values, vectors = np.linalg.eigh(scaled @ scaled.T)
         rotated, best = vectors.T @ centered, (np.inf, 0.0, centered)
         for penalty in penalties:
             shrink = np.maximum(values, 0) / (np.maximum(values, 0) + penalty)
             leverage = np.minimum((vectors**2) @ shrink + 1 / len(z), 1 - 1e-9)
             residual = (centered - vectors @ (shrink * rotated)) / (1 - leverage)
             best = min(best, (float((residual**2).sum()), penalty, residual), key=lambda b: b[0])
-        weights = columns.T @ (vectors @ (rotated / (np.maximum(values, 0) + best[1]))) / spread
-        return Linear(mean, weights, float(z.mean()), z - best[2])
+        weights = scaled.T @ (vectors @ (rotated / (np.maximum(values, 0) + best[1]))) / spread
+        return Linear(looked_at, mean, weights, float(z.mean()), z - best[2])
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
-        return np.asarray((X - self.mean) @ self.weights + self.intercept)
+        return np.asarray((X[:, self.columns] - self.mean) @ self.weights + self.intercept)

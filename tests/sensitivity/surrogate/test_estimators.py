@@ -187,13 +187,49 @@ def test_monotone_trees_never_improve_with_damage(small: Small) -> None:
         Surrogate(monotone=True).fit(features, small.y)
 
 
+def test_swaps_of_small_layers_are_ranked_where_damages_are_known(small: Small) -> None:
+    """Trees alone step over what layers of little damage do; on top of the line in their sum they do not."""
+    column = {str(s): j for j, s in enumerate(small.space.schemes)}
+    found, real = {"line": [], "trees": []}, []
+    few = small.choices[:40]
+    models = {
+        "line": estimator_of("gbdt", small.encoder),
+        "trees": estimator_of("gbdt", small.encoder, linear=0.0),
+    }
+    for model in models.values():
+        model.fit(model.features(small.encoder, few), small.y[:40])
+    for layer in range(12):
+        ends = [small.choices[40:].under([[(layer, column[s])]]) for s in ("usq4", "usq2")]
+        real.append(float(np.subtract(*(small.truth(rows) for rows in ends[::-1])).mean()))
+        for name, model in models.items():
+            low, high = (
+                model.to_units(model.predict(model.features(small.encoder, rows))).mean() for rows in ends
+            )
+            found[name].append(float(high - low))
+    ranked = {name: srcc(np.array(values), np.array(real)) for name, values in found.items()}
+    assert ranked["line"] > 0.99 > ranked["trees"] > 0.5
+
+
+def test_the_line_in_the_sum_of_damages_looks_at_nothing_else(small: Small) -> None:
+    """A column that is not known of every row, as a weight error of a scheme that a layer may not take, is
+    the trees' own matter."""
+    features = small.encoder(small.choices)
+    features[::7, 0] = np.nan
+    model = estimator_of("gbdt", small.encoder, rounds=20).fit(features, small.y)
+    assert np.isfinite(model.predict(features)).all()
+    assert list(model.linear_.columns) == [small.encoder.columns.index("damage:model")]
+
+
 def test_predicting_with_all_models_equals_one_after_the_other(small: Small) -> None:
     features = small.encoder(small.choices)
     models = [
-        Surrogate(rounds=20, linear=share, seed=i).fit(features[i:], small.y[i:])
+        Surrogate(rounds=20, linear=share, base=base, seed=i).fit(features[i:], small.y[i:])
         for i, share in enumerate((0.0, 0.5, 1.0))
+        for base in (None, (5,))
     ]
-    assert np.allclose(predict_all(models, features), [m.predict(features) for m in models], atol=1e-6)
+    for base in (None, (5,)):
+        own = [m for m in models if m.base == base]
+        assert np.allclose(predict_all(own, features), [m.predict(features) for m in own], atol=1e-6)
 
 
 def test_soft_spearman_is_near_one_minus_spearman() -> None:

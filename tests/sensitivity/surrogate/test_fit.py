@@ -180,8 +180,8 @@ def test_target_round_trip(direction: str, values: list[float]) -> None:
 
 def test_contributions_add_up(world: World) -> None:
     features = world.encoder(world.choices)
-    for linear in (0.0, 0.5):
-        model = Surrogate(rounds=40, linear=linear).fit(features, world.y)
+    for linear, base in ((0.0, None), (0.5, None), (1.0, (3,))):
+        model = Surrogate(rounds=40, linear=linear, base=base).fit(features, world.y)
         values, base = model.contributions(features[:50])
         assert np.abs(values.sum(1) + base - model.predict(features[:50])).max() < 1e-4
 
