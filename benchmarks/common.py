@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from aquabit.jsonio import defined, read_json, write_json
+from aquabit.kernels.backends.decode import decode_levels
 from aquabit.stats import LEVEL, mean_interval, paired_difference
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("digits-unet", "digits-dit")  # what a benchmark measures unless it is told other ones
 BUNDLED = (*MODELS, "fashion-unet", "fashion-dit")
+INSTRUCTIONS = "avx512vnni"  # of the processors that kernels were mostly timed on
 
 
 # ---- command lines
@@ -70,6 +72,22 @@ def machine() -> dict[str, Any]:
 def about(of: Mapping[str, Any]) -> str:
     """A machine in words."""
     return f"{of['cpu']}, {of['cores']} cores, torch {of['torch']}"
+
+
+def section_of(part: str) -> str:
+    """The name of a part among results; on a processor without INSTRUCTIONS with those that it has, so that
+    no machine replaces what one of another kind measured."""
+    level = next(iter(decode_levels()), "reference")
+    return part if level == INSTRUCTIONS else f"{part} {level}"
+
+
+def sections_of(part: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """Names of a part among results, each with what its title says of the processor."""
+    return {
+        name: f" ({name.removeprefix(part).strip().upper()})" if name != part else ""
+        for name in found
+        if name == part or name.startswith(f"{part} ")
+    }
 
 
 # ---- files

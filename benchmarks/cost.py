@@ -41,6 +41,8 @@ from benchmarks.common import (
     parser,
     read,
     say,
+    section_of,
+    sections_of,
     spans,
     write,
     write_results,
@@ -421,10 +423,10 @@ def packed(folder: Path, model: str) -> list[dict[str, Any]]:
     return rows
 
 
-def packed_table(found: Mapping[str, Any]) -> list[str]:
+def packed_table(found: Mapping[str, Any], of: str) -> list[str]:
     lines = [
         "",
-        "## A measurement from packed weights",
+        f"## A measurement from packed weights{of}",
         "",
         f"{about(found['machine'])}. Made by `python benchmarks/cost.py packed`: processor seconds of a"
         f" measurement, one thread, medians of {ROUNDS} rounds in turns, with quartiles of the ratio; placing"
@@ -484,14 +486,14 @@ def table(results: Mapping[str, Any]) -> str:
         lines += memory_table(results["memory"])
     if "wanted" in results:
         lines += wanted_table(results["wanted"])
-    if "packed" in results:
-        lines += packed_table(results["packed"])
+    for name, of in sections_of("packed", results).items():
+        lines += packed_table(results[name], of)
     return "\n".join([*lines, ""])
 
 
 def keep(part: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write them beside what the other parts found, on whatever machine that was."""
-    whole = read(RESULTS / "cost.json") | {part: {"machine": machine(), "rows": rows}}
+    whole = read(RESULTS / "cost.json") | {section_of(part): {"machine": machine(), "rows": rows}}
     write(RESULTS / "cost.json", whole)
     (RESULTS / "cost.md").write_text(table(whole))
 

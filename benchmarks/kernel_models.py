@@ -4,6 +4,7 @@ all in turn."""
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
@@ -76,9 +77,13 @@ Call = Callable[[], Tensor]
 
 
 def models(
-    progress: Progress, quick: bool, only: str = "", cases: Mapping[str, Any] = CASES
+    progress: Progress,
+    quick: bool,
+    only: str = "",
+    cases: Mapping[str, Any] = CASES,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
-    """Every case whose name holds ``only``; ``quick``: only the first, on most threads."""
+    """Every case whose name holds ``only``, by ``clock``; ``quick``: only the first, on most threads."""
     rows: list[dict[str, Any]] = []
     for name, (config, batches, counts, seconds, schemes) in list(cases.items())[: 1 if quick else None]:
         if only not in name:
@@ -92,6 +97,7 @@ def models(
                     0.0 if quick else seconds,
                     {"model": name, "batch": batch, "threads": count},
                     progress,
+                    clock,
                 )
         del variants
     return rows
@@ -250,7 +256,12 @@ def inputs_of(denoiser: nn.Module, batch: int, dtype: torch.dtype, device: str =
 
 
 def timed(
-    variants: dict[str, nn.Module], batch: int, seconds: float, facts: dict[str, Any], progress: Progress
+    variants: dict[str, nn.Module],
+    batch: int,
+    seconds: float,
+    facts: dict[str, Any],
+    progress: Progress,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """A row a variant: milliseconds of a call, ratios, bytes that its layers hold, layers by kernel, dense
     copies, and how far its output is from the dense model of the same weights (rounded activations
@@ -264,7 +275,7 @@ def timed(
         n: n.replace("auto", "packed") for n, p in placed.items() if n.endswith("auto") and not p.copies
     }  # runs as packed does
     progress(f"timing {facts['model']}", 0, 1)
-    times = paired({n: call for n, call in calls.items() if n not in same}, seconds, ROUNDS)
+    times = paired({n: call for n, call in calls.items() if n not in same}, seconds, ROUNDS, clock=clock)
     progress(f"timing {facts['model']}", 1, 1)
     reference, first, rows = outputs[DENSE].float(), next(iter(variants)).split()[0], []
     for name, model in variants.items():

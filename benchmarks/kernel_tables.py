@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from aquabit.scheme import Scheme
+from benchmarks.common import sections_of
 
 Rows = list[dict[str, Any]]
 AS_THEY_ARE = ("lut fast", "decode a16")  # activations
@@ -610,12 +611,14 @@ def markdown(found: dict[str, Any]) -> str:
         )
         parts.append(table(["figure", "target", "reached", "worst case", "met"], lines))
     for part, section in SECTIONS.items():
-        if found.get(part, {}).get("rows"):
-            own, (title, text) = found[part], ABOUT[part]
+        for name, of in sections_of(part, found).items():
+            if not found[name].get("rows"):
+                continue
+            own, (title, text) = found[name], ABOUT[part]
             m = own["machine"]
             made = (
                 f"Made by `{own['command']}` in {own['seconds']:.0f} s on {m['cpu']} ({m['level']}), torch"
                 f" {m['torch']}; load before: {own['load']:.1f}."
             )
-            parts += [f"## {title}\n\n{text} {made}\n", section(own["rows"])]
+            parts += [f"## {title}{of}\n\n{text} {made}\n", section(own["rows"])]
     return "\n".join(parts).rstrip() + "\n"

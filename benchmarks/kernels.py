@@ -22,7 +22,8 @@ all        every part
 
 Each part takes up to four minutes (``models`` and ``denoiser_peers`` up to twelve, and more where files are
 missing; ``--quick``: a few rounds of fewer cases) and replaces its own section of
-benchmarks/results/kernels.json and kernels.md. Contenders of one case run in turn, in an order that changes
+benchmarks/results/kernels.json and kernels.md: on a processor without AVX-512 VNNI one beside that of
+processors with it. Contenders of one case run in turn, in an order that changes
 from round to round, so that weights come from memory as in a model; ratios are within rounds.
 """
 
@@ -45,7 +46,7 @@ import torch
 from torch import Tensor
 
 from aquabit.scheme import Progress
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, section_of
 from benchmarks.kernel_timing import Layer, case, expected, load, threads
 
 LINEAR = {"1152 -> 1152": (1152, 1152), "1152 -> 4608": (4608, 1152), "4608 -> 1152": (1152, 4608)}
@@ -202,9 +203,7 @@ def groups(progress: Progress, quick: bool) -> Rows:
 def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     from benchmarks.kernel_models import models as run
 
-    fresh = run(progress, quick, only)
-    done = {row["model"] for row in fresh}
-    return [row for row in _section(_read(), "models") if only and row["model"] not in done] + fresh
+    return _with_others("models", run(progress, quick, only), only)
 
 
 def denoiser_peers(
@@ -220,11 +219,18 @@ def denoiser_peers(
         yield rows
 
 
-def bundled(progress: Progress, quick: bool) -> Rows:
+def bundled(progress: Progress, quick: bool, only: str = "", processor_time: bool = False) -> Rows:
     from benchmarks.kernel_models import BUNDLED_CASES
     from benchmarks.kernel_models import models as run
 
-    return run(progress, quick, cases=BUNDLED_CASES)
+    clock = time.process_time if processor_time else time.perf_counter
+    return _with_others("bundled", run(progress, quick, only, BUNDLED_CASES, clock), only)
+
+
+def _with_others(part: str, fresh: Rows, only: str) -> Rows:
+    """Rows of models that were timed now, after those of others that ``only`` left out."""
+    done = {row["model"] for row in fresh}
+    return [row for row in _section(_read(), part) if only and row["model"] not in done] + fresh
 
 
 def sharing(progress: Progress, quick: bool) -> Rows:
@@ -266,7 +272,7 @@ def _read() -> dict[str, Any]:
 
 
 def _section(found: dict[str, Any], part: str) -> Rows:
-    return found.get(part, {}).get("rows", [])
+    return found.get(section_of(part), {}).get("rows", [])
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -321,8 +327,8 @@ def main() -> None:
         "--only",
         default="",
         metavar="TEXT",
-        help="models: those whose name holds TEXT; denoiser_peers: those of whose name and threads (... , 1"
-        " thread) it is part; the others keep their rows",
+        help="models, bundled: those whose name holds TEXT; denoiser_peers: those of whose name and threads"
+        " (... , 1 thread) it is part; the others keep their rows",
     )
     parser.add_argument(
         "--python",
@@ -336,21 +342,31 @@ def main() -> None:
         default=WORK / "denoiser-peers-files",
         help="denoiser_peers: where the files that they read are kept (8 GB)",
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="bundled: count this process's time alone, where the machine has other work",
+    )
     options = parser.parse_args()
     folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(WORK / "timings")))
     if options.retime:
         shutil.rmtree(folder, ignore_errors=True)
-    special = {"models": (options.only,), "denoiser_peers": (options.python, options.folder, options.only)}
+    special = {
+        "models": (options.only,),
+        "bundled": (options.only, options.processor_time),
+        "denoiser_peers": (options.python, options.folder, options.only),
+    }
     for part in PARTS if "all" in options.part else [p for p in options.part if p != "tables"]:
         started, before = time.perf_counter(), load()
         with bars() as progress:
             made = PARTS[part](progress, options.quick, *special.get(part, ()))
             for rows in [made] if isinstance(made, list) else made:
                 about = {k: v for k, v in machine(torch.get_num_threads()).items() if k in MACHINE}
-                command = f"python benchmarks/kernels.py {part}{' --quick' if options.quick else ''}"
+                marks = {" --quick": options.quick, " --processor-time": options.processor_time}
+                command = f"python benchmarks/kernels.py {part}{''.join(m for m, on in marks.items() if on)}"
                 seconds = time.perf_counter() - started
                 facts = {"command": command, "machine": about, "load": before, "seconds": seconds}
-                _write(_read() | {part: {**facts, "rows": rows}})
+                _write(_read() | {section_of(part): {**facts, "rows": rows}})
         print(
             f"{part}: {len(rows)} rows in {time.perf_counter() - started:.0f} s (load before: {before:.1f})",
             flush=True,

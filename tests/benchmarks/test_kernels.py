@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import common, kernel_groups
 from benchmarks import kernel_denoiser_peers as denoiser_peers
-from benchmarks import kernel_groups
 from benchmarks import kernel_tables as tables
 from benchmarks.kernel_roofline import Machine, bound, work
 from benchmarks.kernel_timing import (
@@ -223,6 +223,28 @@ def test_markdown_holds_every_part_that_was_measured() -> None:
     )
     assert "| usq2 | 2.00 | 0.333 |" in text and "### 1152 -> 1152, 256 tokens, 1 thread" in text
     assert "Whole denoisers" not in text and tables.markdown({}).startswith("# Kernels")
+
+
+def test_processors_of_other_instructions_have_sections_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*levels: str) -> str:
+        monkeypatch.setattr(common, "decode_levels", lambda: list(levels))
+        return common.section_of("linear")
+
+    names = [of("avx512vnni", "avx2"), of("avx2", "baseline"), of()]
+    assert names == ["linear", "linear avx2", "linear reference"]
+    made = {"command": "x", "seconds": 3.0, "load": 0.1}
+    found = {
+        name: {
+            **made,
+            "machine": {"cpu": name, "level": "", "torch": "2"},
+            "rows": [_row("float32", None, 1.0)],
+        }
+        for name in reversed(names)
+    }
+    text = tables.markdown(found | {"linear2": found["linear"]})
+    titles = [line for line in text.splitlines() if line.startswith("## Linear")]
+    plain = "## Linear layers of DiT-XL/2"
+    assert sorted(titles) == [plain, f"{plain} (AVX2)", f"{plain} (REFERENCE)"]
 
 
 HELPER = """

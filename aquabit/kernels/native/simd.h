@@ -150,6 +150,13 @@ INLINE Shorts plus(Shorts a, Shorts b) {  // modulo 2^16: sums may leave 16 bits
     return reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(a) + reinterpret_cast<UnsignedShorts>(b));
 }
 
+#if AQUABIT_LEVEL == 3
+// Products of unsigned x and signed w of 8 bits, those of neighbours added up: these cannot saturate, 2 * 255 * 64 < 2^15 for w of
+// 7 bits. And sums of 16 bits, those of neighbours added up.
+INLINE Shorts pairs(Ints x, Ints w) { return (Shorts)_mm256_maddubs_epi16((__m256i)x, (__m256i)w); }
+INLINE Ints widened(Shorts sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+#endif
+
 // sum + the product of unsigned x and signed w of 8 bits (from AVX2 on), or (``wide``) of both signed of 16, added up by
 // dwords. ``wide`` is a constant where this is called.
 INLINE Ints dot(Ints sum, Ints x, Ints w, [[maybe_unused]] const bool wide) {
@@ -157,10 +164,7 @@ INLINE Ints dot(Ints sum, Ints x, Ints w, [[maybe_unused]] const bool wide) {
     return wide ? (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)w)
                 : (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #elif AQUABIT_LEVEL == 3
-    // Pairs cannot saturate: 2 * 255 * 64 < 2^15 for codes of at most 7 bits.
-    const __m256i pairs = wide ? _mm256_madd_epi16((__m256i)x, (__m256i)w)
-                               : _mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)x, (__m256i)w), _mm256_set1_epi16(1));
-    return sum + (Ints)pairs;
+    return sum + (wide ? (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w) : widened(pairs(x, w)));
 #elif AQUABIT_LEVEL == 2
     return sum + (Ints)_mm_madd_epi16((__m128i)x, (__m128i)w);
 #else

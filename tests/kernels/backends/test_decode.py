@@ -142,6 +142,30 @@ def test_integers_are_exact(form: Format, level: str) -> None:
 
 
 @levels
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_largest_products_fit(bits: int, signed: bool, level: str) -> None:
+    """All codes at an end of their range, all activations but one at 255: AVX2 adds products of as many steps
+    as fit in 16 bits."""
+    most, x = (1 << bits) - 1, torch.ones(19, 200)
+    x[:, 7] = 0
+    picture, scale = x.T.reshape(1, 200, 19, 1).contiguous(), torch.full((9,), 0.25)
+    for code in (0, most):
+        codes, offset = torch.full((200, 1, 9), code), -scale * (1 << bits - 1 if signed else most / 2)
+        for shape in ((9, 200), (9, 200, 1, 1)):
+            weight = CodebookWeight.from_codes(codes, None, scale, offset, shape, bits, "inputs")
+            if len(shape) == 2:
+                y, expected = (
+                    decode_linear(x, arrange(weight), None, 8, level=level),
+                    linear64(x, weight, None, 8),
+                )
+            else:
+                y = convolved(picture, arrange(weight), None, act=8, level=level)
+                expected = conv64(picture, weight, None, 8, None)
+            assert error(y, expected) <= EXACT
+
+
+@levels
 @pytest.mark.parametrize("form", [*OTHER, *USQ[1:5:2], GROUPED[1]], ids=lambda f: f.text)
 def test_linear(form: Format, level: str) -> None:
     weight = make((29, 48 * form.group if form.group < 8 else 144), form)

@@ -75,8 +75,9 @@ inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t 
     const int64_t runs = static_cast<int64_t>(out->runs.size()), inputs = runs ? out->runs[0].inputs : 0;
     const bool even = straight && inputs % 4 == 0 && (inputs & (inputs - 1)) == 0 && out->pieces.size() == out->runs.size() &&
                       std::all_of(out->runs.begin(), out->runs.end(), [&](const Run& run) { return run.inputs == inputs; });
+    const int64_t held = w.integers.there ? std::max<int64_t>(1, 32767 / (2 * 255 * w.integers.most())) : 1;
     out->plan = {out->pieces.data(), out->runs.data(), out->ranges.data(), runs, static_cast<int64_t>(out->ranges.size()), slot, straight,
-                 even ? inputs : 0};
+                 even ? inputs : 0, held};
 }
 
 // A convolution; ``split`` 0: one range of activations.

@@ -29,6 +29,8 @@ struct Integers {
     int64_t bits, step, center;  // bits: of the levels
     float unit, middle;          // what ``center`` stands for, in scales: a weight is (unit * integer + middle) * scale + offset
     bool there, centred;
+
+    int64_t most() const { return step == 2 ? center : int64_t(1) << (bits - 1); }  // the farthest from zero
 };
 
 // An arranged weight, with the bias of a call. Rows are decoded to [area, cin].
@@ -69,6 +71,7 @@ struct Plan {
     int64_t run_count, range_count, slot_bytes;
     bool straight;  // 8 bits of a row lie in its slot as they are decoded
     int64_t even;   // inputs of each run, one piece, where they are the same power of two from 4 on; else 0
+    int64_t held;   // steps of 8 bits whose products fit 16 bits together, two in each lane and step, whatever the activations
 };
 
 // Integers that stand for activations: q = clamp(rint(x * inverse), low, high) - base, x ~ (q - zero + rest) * scale. A zero point that is
