@@ -50,6 +50,7 @@ ARMS = ("near:0.75", "random", IN_CONTEXT)
 SAMPLES, FLIPS, BITS, SWAP = 60, 20, 3.0, "usq4h:usq2h"
 CONTEXTS, SEED = 4, 20_261_129
 IMAGES = 128
+SURROGATE = "line, trees"  # rows without one are of the surrogate before: trees alone
 METRICS = ("psnr", "fid")
 REPLICATES = 1000
 FIRST_BLOCK, CEILING_BLOCK = 201, 211  # the other benchmarks use blocks up to 105
@@ -174,6 +175,21 @@ class Truth:
         return half, 2 * half / (1 + half)
 
 
+def stored_truth(model: str) -> Truth:
+    """What benchmarks/results/effects.json has of a truth that was measured elsewhere."""
+    rows = read(RESULTS / "effects.json").get("rows", [])
+    own = [r for r in rows if r["kind"] == "truth" and r["model"] == model]
+    if not own:
+        raise SystemExit(f"{model}: no truth was measured; run the part truth")
+    images = {r.get("truth_images", IMAGES) for r in rows if r["kind"] == "arm" and r["model"] == model}
+    return Truth(
+        [r["layer"] for r in own],
+        {m: np.array([r[m] for r in own]) for m in METRICS},
+        images.pop(),
+        np.array([r["damage"] for r in own]),
+    )
+
+
 def read_truth(folder: Path, model: str) -> Truth:
     """Of the contexts in which every swap was measured."""
     from aquabit.cost import CostModel
@@ -278,7 +294,9 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
     from aquabit.sensitivity.result import Sensitivity
     from aquabit.study import Study
 
-    truth, rows = read_truth(folder, model), list[dict[str, Any]]()
+    measured = file_of(folder, model, "truth").exists()
+    truth = read_truth(folder, model) if measured else stored_truth(model)
+    rows = list[dict[str, Any]]()
     for arm in arms:
         if not explained_file(folder, model, arm, METRICS[-1]).exists():
             continue
@@ -297,6 +315,7 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
                 "model": model,
                 "arm": arm,
                 "metric": metric,
+                "surrogate": SURROGATE,
                 **spent,
                 "images": study.protocol.images,
                 "truth_images": truth.images,
@@ -310,7 +329,7 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
             }
             rows.append(plain({**row, **ranking_scores(dict(found.surrogate))}, 6))
             print(rows[-1], flush=True)
-    for i, layer in enumerate(truth.layers):
+    for i, layer in enumerate(truth.layers if measured else []):
         worse = {m: plain(truth.worse[m][i].tolist(), 6) for m in METRICS}
         rows.append(
             {
@@ -323,6 +342,16 @@ def rows_of(folder: Path, model: str, arms: Sequence[str]) -> list[dict[str, Any
             }
         )
     return rows
+
+
+def first_cells(row: dict[str, Any]) -> str:
+    return f"| {row['model']} | {row['metric']} | {row['arm']} | {row.get('surrogate', 'trees alone')} |"
+
+
+def same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a row takes another's place: that of an arm, a metric and a surrogate; of all layers' truth."""
+    keys = ("kind", "model", "arm", "metric", "surrogate")
+    return all(old.get(k) == new.get(k) for k in keys)
 
 
 def shown(value: float | None) -> str:
@@ -353,19 +382,21 @@ def table(found: dict[str, Any]) -> str:
             " drawn with replacement); over the layers that the arm swapped: its direct swaps alone, and the"
             " combined effects of the same layers. Reliability: SRCC between halves of the contexts (mean of"
             " all ways to halve them), and stepped up to all of them (Spearman and Brown); what knew the"
-            " effects exactly would score its root."
+            " effects exactly would score its root. Surrogate: a line in the logarithm of the summed damages"
+            " with trees on top, and, before, trees alone: of studies of the same seeds that were measured"
+            " apart."
         ),
         "",
         (
-            "| model | metric | arm | measurements | images, of the truth | contexts | reliability, half, all"
-            " | combined | predicted | damages | combined - damages | direct swaps (layers), combined of"
-            " these |"
+            "| model | metric | arm | surrogate | measurements | images, of the truth | contexts"
+            " | reliability, half, all | combined | predicted | damages | combined - damages"
+            " | direct swaps (layers), combined of these |"
         ),
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in arms:
         lines.append(
-            f"| {r['model']} | {r['metric']} | {r['arm']} | {r['samples'] + r['swaps']} |"
+            f"{first_cells(r)} {r['samples'] + r['swaps']} |"
             f" {r.get('images', IMAGES)}, {r.get('truth_images', IMAGES)} | {r['contexts']} |"
             f" {shown(r['half'])}, {shown(r['reliability'])} | {shown(r['combined'])} |"
             f" {shown(r['predicted'])} | {shown(r['damages'])} | {r['gain'][0]:+.2f} to {r['gain'][1]:+.2f} |"
@@ -383,10 +414,10 @@ def table(found: dict[str, Any]) -> str:
         ),
         "",
         (
-            "| model | metric | arm | signs | sure layers, worse | covered | allowing | of swapped | interval"
-            " | the truth's interval | size of an effect |"
+            "| model | metric | arm | surrogate | signs | sure layers, worse | covered | allowing"
+            " | of swapped | interval | the truth's interval | size of an effect |"
         ),
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in arms:
         covered = " | ".join(
@@ -395,10 +426,7 @@ def table(found: dict[str, Any]) -> str:
         )
         signs = "" if r["signs"] is None else f"{100 * r['signs']:.0f} %"
         widths = " | ".join(f"{r[k]:.3g}" for k in ("width", "truth_width", "typical"))
-        lines.append(
-            f"| {r['model']} | {r['metric']} | {r['arm']} | {signs} | {r['sure']}, {r['sure_worse']} |"
-            f" {covered} | {widths} |"
-        )
+        lines.append(f"{first_cells(r)} {signs} | {r['sure']}, {r['sure_worse']} | {covered} | {widths} |")
     names = list(first["within_budget"])
     lines += [
         "",
@@ -411,15 +439,15 @@ def table(found: dict[str, Any]) -> str:
         ),
         "",
         (
-            f"| model | metric | arm | {' | '.join(names)} | ceiling | good ones |"
+            f"| model | metric | arm | surrogate | {' | '.join(names)} | ceiling | good ones |"
             f" {' | '.join(f'{n}, good' for n in names)} | ceiling, good |"
         ),
-        "|" + "---|" * (6 + 2 * len(names)),
+        "|" + "---|" * (7 + 2 * len(names)),
     ]
     for r in arms:
         both = [" | ".join(shown(r[part][n]) for n in names) for part in ("within_budget", "among_good")]
         lines.append(
-            f"| {r['model']} | {r['metric']} | {r['arm']} | {both[0]} | {shown(r['ceiling'])} | {r['good']} |"
+            f"{first_cells(r)} {both[0]} | {shown(r['ceiling'])} | {r['good']} |"
             f" {both[1]} | {shown(r['good_ceiling'])} |"
         )
     return "\n".join(lines) + "\n"
@@ -445,7 +473,8 @@ def main() -> None:
                 explain_arms(given.folder, model, given.arms)
     if "table" in given.parts:
         found = [r for m in given.models for r in rows_of(given.folder, m, given.arms)]
-        rows = replaced(read(RESULTS / "effects.json").get("rows", []), found, given.models)
+        old = read(RESULTS / "effects.json").get("rows", [])
+        rows = replaced([r for r in old if not any(same(r, n) for n in found)] + found, [], [])
         seen = " ceiling" if any(r.get("ceiling") is not None for r in rows) else ""
         command = f"python benchmarks/effects.py measure truth{seen} explain table"
         write_results("effects", command, {"seed": SEED, "rows": rows}, table)

@@ -147,12 +147,12 @@ def test_integers_are_exact(form: Format, level: str) -> None:
 def test_the_largest_products_fit(bits: int, signed: bool, level: str) -> None:
     """All codes at an end of their range, all activations but one at 255: AVX2 adds products of as many steps
     as fit in 16 bits."""
-    most, x = (1 << bits) - 1, torch.ones(19, 200)
+    most, x = (1 << bits) - 1, torch.ones(19, 280)
     x[:, 7] = 0
-    picture, scale = x.T.reshape(1, 200, 19, 1).contiguous(), torch.full((9,), 0.25)
+    picture, scale = x.T.reshape(1, 280, 19, 1).contiguous(), torch.full((9,), 0.25)
     for code in (0, most):
-        codes, offset = torch.full((200, 1, 9), code), -scale * (1 << bits - 1 if signed else most / 2)
-        for shape in ((9, 200), (9, 200, 1, 1)):
+        codes, offset = torch.full((280, 1, 9), code), -scale * (1 << bits - 1 if signed else most / 2)
+        for shape in ((9, 280), (9, 280, 1, 1)):
             weight = CodebookWeight.from_codes(codes, None, scale, offset, shape, bits, "inputs")
             if len(shape) == 2:
                 y, expected = (
