@@ -10,9 +10,11 @@ memory     what a calibrated fit of a wide layer takes at its peak, in copies of
 wanted     what `run --fits wanted` leaves of the additive formats, and what the integer program loses by it
 packed     processor seconds of a measurement from decoded and from packed weights, in turns, one thread, and
            how near the images are
+layers     processor seconds of all schemes of a model's layers with H, each on its own and with what they
+           share made once, in turns (of every --every-th layer)
 
 The first three take an hour on two cores, most of it fits and probes, and continue where they stopped; `fits`
-and `memory` take some minutes, and so do `wanted` and `packed`, where little is fitted.
+and `memory` take some minutes, and so do `wanted` and `packed`, where little is fitted, and `layers`.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from benchmarks.common import (
     write,
     write_results,
 )
+from benchmarks.cost_layers import layers, layers_table
 
 BITS = (1.6, 2.0, 2.5, 3.0, 3.5)
 FRESH = range(201, 206)  # blocks of seeds that nothing else uses
@@ -488,6 +491,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines += wanted_table(results["wanted"])
     for name, of in sections_of("packed", results).items():
         lines += packed_table(results[name], of)
+    if "layers" in results:
+        lines += layers_table(results["layers"])
     return "\n".join([*lines, ""])
 
 
@@ -499,9 +504,11 @@ def keep(part: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    made = parser(__doc__, ("damages", "fresh", "table", "fits", "memory", "wanted", "packed"), "cost-study")
+    parts = ("damages", "fresh", "table", "fits", "memory", "wanted", "packed", "layers")
+    made = parser(__doc__, parts, "cost-study")
     made.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     made.add_argument("--schemes", nargs="+", default=list(FITTED), help="of the part fits")
+    made.add_argument("--every", type=int, default=1, help="of the part layers")
     given = parsed(made)
     for model in given.models:
         if "damages" in given.parts:
@@ -521,6 +528,9 @@ def main() -> None:
     if "packed" in given.parts:
         torch.set_num_threads(1)
         keep("packed", [r for model in given.models for r in packed(given.folder, model)])
+    if "layers" in given.parts:
+        torch.set_num_threads(1)
+        keep("layers", [r for model in given.models for r in layers(given.folder, model, given.every)])
 
 
 if __name__ == "__main__":

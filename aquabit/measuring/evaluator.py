@@ -43,6 +43,7 @@ from aquabit.pipelines.finite import NotFinite, broken, checked_images, finite_i
 from aquabit.pipelines.pictures import COLUMNS, spaced, thumbnail
 from aquabit.quality import TEMPORAL, NonFiniteImages, NonFiniteValues, Quality, QualityMeter, QualityOptions
 from aquabit.quant.bank import Bank
+from aquabit.quant.calibration.moments import shared_out
 from aquabit.quant.correction.corrector import Corrector, check_correction
 from aquabit.quant.correction.noise import Uncorrectable
 from aquabit.quant.correction.sampling import Watcher, following
@@ -162,20 +163,30 @@ class Evaluator:
         self._probed: tuple[str, Tensor] | None = None
         self._stored: dict[str, OutputErrors] = {}
 
-    def chunks(self, layers: Sequence[str], calibration: Calibration) -> list[list[str]]:
-        """Layers in portions whose H fit into memory together."""
+    def chunks(self, layers: Sequence[str], calibration: Calibration, parts: int = 1) -> list[list[str]]:
+        """Layers in portions whose H fit into memory together, each in at most ``parts`` parts of about the
+        same work."""
         with single_thread(self.device):
             portions = self.quantized.fitter.portions(layers, calibration)
-        return [[layer for group in portion for layer in group] for portion in portions]
+        own = self.quantized.layers
+        shared = [part for portion in portions for part in shared_out(portion, own, parts)]
+        return [[layer for group in part for layer in group] for part in shared]
 
     def fit(
-        self, schemes: Mapping[str, Sequence[str]], calibration: Calibration | None
+        self,
+        schemes: Mapping[str, Sequence[str]],
+        calibration: Calibration | None,
+        beside: Mapping[str, Sequence[str]] | None = None,
     ) -> dict[str, dict[str, dict[str, Any]]]:
         """Fit schemes (layer -> schemes) in the bank; layer -> scheme -> facts: ``error`` is the relative
-        squared weight error, ``output`` (with a calibration) the relative output error under H."""
+        squared weight error, ``output`` (with a calibration) the relative output error under H. Schemes of
+        ``beside`` are fitted too, as long as H is there."""
         with single_thread(self.device):
-            wanted = {layer: [Scheme.parse(s) for s in row] for layer, row in schemes.items() if row}
-            return self.quantized.fitter.facts(list(wanted), wanted, calibration) if wanted else {}
+            wanted, others = (
+                {layer: [Scheme.parse(s) for s in row] for layer, row in rows.items() if row}
+                for rows in (schemes, beside or {})
+            )
+            return self.quantized.fitter.facts(list(wanted), wanted, calibration, others) if wanted else {}
 
     def probe(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from aquabit.space import SearchSpace
 from aquabit.study import Study
 
 PROBES, GRADIENTS = "probes", "gradients"  # where damages come from
+# of layers whose H are measured together, a worker: each part is a replay of the calibration's calls, and
+# workers that are done early wait for the last one
+PARTS = 2
 SCORED = 24  # (layer, scheme) of those that gradients tell of that are probed too, to say how true they are
 Cell = tuple[str, str]  # layer, and a scheme or an activation choice as text
 
@@ -49,12 +52,15 @@ def fit_all(
     progress: Progress = no_progress,
     damages: str = GRADIENTS,
     scored: bool = True,
+    beside: Iterable[QuantConfig] = (),
 ) -> None:
     """Every (layer, scheme) of the space into the bank, and what it does alone into the study: from
     gradients, of which some are probed too where they are to be ``scored`` (``probed``), or by a probe of
-    each; what is known is skipped. Layers that gradients do not tell of are probed."""
+    each; what is known is skipped. Layers that gradients do not tell of are probed. What is fitted with H is
+    fitted for configurations ``beside`` the space too, which are measured later: H is not measured again."""
     check_source(damages)
-    _fit(pool, study, space, progress)
+    measured = study.known(protocol)
+    _fit(pool, study, space, progress, [c for c in beside if c.digest not in measured])
     if damages == GRADIENTS:
         add_gradient_damages(pool, study, space, protocol, progress)
         if scored:
@@ -115,7 +121,16 @@ def _probe(
         progress("probing", done, len(tasks))
 
 
-def _fit(pool: Pool, study: Study, space: SearchSpace, progress: Progress) -> None:
+def _schemes_beside(layer: str, space: SearchSpace, beside: Sequence[QuantConfig]) -> tuple[str, ...]:
+    """Schemes with H that a layer has in configurations, and not in the space."""
+    own = {config[layer].weight for config in beside if config.calibration == space.calibration}
+    wanted = (s for s in own - set(space.choices[layer]) if s.calibrated and not s.shared)
+    return tuple(sorted(map(str, wanted)))
+
+
+def _fit(
+    pool: Pool, study: Study, space: SearchSpace, progress: Progress, beside: Sequence[QuantConfig] = ()
+) -> None:
     """Fit what is not known."""
     known = study.features()
     schemes = {
@@ -129,12 +144,16 @@ def _fit(pool: Pool, study: Study, space: SearchSpace, progress: Progress) -> No
     if space.calibration is not None:  # H of a portion is measured in one run
         progress("calibrating", 0, 1)
         aware = tuple(k for k in layers if any(s.calibrated for s in space.choices[k]))
-        request = Portions(aware, space.calibration)
-        portions = [part for _, found in pool.run([request]) for whole in found for part in _parts(whole)]
+        request = Portions(aware, space.calibration, PARTS * pool.workers)
+        portions = [part for _, found in pool.run([request]) for part in found]
         portions += [[k] for k in layers if k not in aware]
         progress("calibrating", 1, 1)
     own = {k: tuple(str(s) for s in schemes[k] if not s.shared) for k in layers}
-    tasks = [Fit({k: own[k] for k in part}, space.calibration) for part in portions]
+    others = {k: _schemes_beside(k, space, beside) for k in layers}
+    tasks = [
+        Fit({k: own[k] for k in part}, space.calibration, {k: others[k] for k in part if others[k]})
+        for part in portions
+    ]
     together: dict[str, dict[str, tuple[str, ...]]] = {}  # layers that share codebooks are fitted together
     for k in layers:
         for scheme in schemes[k]:
@@ -154,8 +173,3 @@ def _fit(pool: Pool, study: Study, space: SearchSpace, progress: Progress) -> No
         errors = [float(v["output"] if "output" in v else v["error"]) for v in every]
         layer, worst = next(iter(tasks[place].schemes)), max(errors, default=0.0)
         progress(f"fitting: {layer}, largest error {worst:.3f}", done, len(tasks))
-
-
-def _parts(layers: list[str], size: int = 6) -> list[list[str]]:
-    """Small portions, so that workers share the work evenly and an interruption loses little."""
-    return [layers[i : i + size] for i in range(0, len(layers), size)]

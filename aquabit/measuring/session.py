@@ -241,7 +241,7 @@ def open_session(
                 session = session.with_space(wanted(session))
                 study.set(offered=space.to_dict(), space=session.space.to_dict())
                 space = session.space
-            fit_all(pool, study, space, protocol, progress, damages)
+            fit_all(pool, study, space, protocol, progress, damages, beside=uniform_references(space))
             if told := [*_wanted_notes(study, space), *damage_notes(space, study)]:
                 study.set(family_notes=[*notes, *told])
             yield session

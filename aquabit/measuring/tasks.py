@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -95,24 +95,28 @@ class MeasureSketches:
 
 @dataclass(frozen=True)
 class Portions:
-    """Layers in portions whose H fit into memory together (``Evaluator.chunks``)."""
+    """Layers in portions whose H fit into memory together, each in at most ``parts`` parts
+    (``Evaluator.chunks``)."""
 
     layers: tuple[str, ...]
     calibration: Calibration
+    parts: int = 1
 
     def run(self, evaluator: Evaluator) -> list[list[str]]:
-        return evaluator.chunks(self.layers, self.calibration)
+        return evaluator.chunks(self.layers, self.calibration, self.parts)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Schemes (layer -> schemes) into the bank, and their errors (``Evaluator.fit``)."""
+    """Schemes (layer -> schemes) into the bank, and their errors; those of ``beside`` without
+    (``Evaluator.fit``)."""
 
     schemes: Mapping[str, tuple[str, ...]]
     calibration: Calibration | None = None
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def run(self, evaluator: Evaluator) -> Facts:
-        return evaluator.fit(self.schemes, self.calibration)
+        return evaluator.fit(self.schemes, self.calibration, self.beside)
 
 
 @dataclass(frozen=True)

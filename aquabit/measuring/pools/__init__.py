@@ -29,6 +29,10 @@ __all__ = ["InlinePool", "Pool", "ProcessPool", "RayPool", "pool_for"]
 class Pool(Protocol):
     """What runs tasks."""
 
+    @property
+    def workers(self) -> int:
+        """How many tasks run at a time."""
+
     def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         """(place in ``tasks``, result) pairs in any order; what is not read of them is not owed. Raises
         AquabitError where a task cannot be done."""

@@ -11,6 +11,8 @@ from aquabit.measuring.tasks import Result, Task, run
 class InlinePool:
     """Runs tasks here; nothing is copied and nothing is written as JSON."""
 
+    workers = 1
+
     def __init__(self, evaluator: Evaluator):
         self.evaluator = evaluator
 

@@ -63,6 +63,10 @@ class ProcessPool:
         self.count, self.begin = count, begin
         self._workers: list[_Worker | None] = [None] * count
 
+    @property
+    def workers(self) -> int:
+        return self.count
+
     def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         """In order of completion. A task that kills two workers raises AquabitError."""
         waiting: SimpleQueue[tuple[int, Task[Any], int]] = SimpleQueue()

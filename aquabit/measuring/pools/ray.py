@@ -131,6 +131,10 @@ class RayPool:
         """GPUs or CPU slots of the cluster as it is now."""
         return int(self.ray.cluster_resources().get(self.kind, 0))
 
+    @property
+    def workers(self) -> int:
+        return max(1, self.slots())
+
     def run(self, tasks: Sequence[Task[Result]]) -> Iterator[tuple[int, Result]]:
         """In order of completion. A task that costs several workers raises AquabitError."""
         waiting = deque(_Job(place, task) for place, task in enumerate(tasks))

@@ -17,6 +17,7 @@ from aquabit.quant.calibration.hessian import output_error
 from aquabit.quant.calibration.input_groups import Group
 from aquabit.quant.calibration.moments import Moments
 from aquabit.quant.schemes.progress import Report
+from aquabit.quant.sharing import shared_work
 from aquabit.quant.weights import quantize_weights, relative_error, vanished
 from aquabit.runtime import give_back
 from aquabit.scheme import UNIT_GAIN_FITS, AquabitError, Calibration, Progress, Scheme, digest, no_progress
@@ -138,7 +139,8 @@ class Fitter:
         while waiting:
             part, waiting = self._next(waiting, calibration)
             layers = {m for n in part for m in self.members(n.layer, n.scheme)}
-            self._fit_calibrated(part, self._moments(layers, calibration), calibration, counter)
+            with shared_work():
+                self._fit_calibrated(part, self._moments(layers, calibration), calibration, counter)
 
     def portions(self, layers: Iterable[str], calibration: Calibration | None) -> list[list[Group]]:
         """Groups of layers that read the same tensor, in portions whose H fit into memory together."""
@@ -216,26 +218,43 @@ class Fitter:
         )
 
     def facts(
-        self, layers: Sequence[str], schemes: Mapping[str, Sequence[Scheme]], calibration: Calibration | None
+        self,
+        layers: Sequence[str],
+        schemes: Mapping[str, Sequence[Scheme]],
+        calibration: Calibration | None,
+        beside: Mapping[str, Sequence[Scheme]] | None = None,
     ) -> dict[str, dict[str, dict[str, Any]]]:
-        """Fit every scheme of some layers; layer -> scheme -> what is known of it.
+        """Fit every scheme of some layers, and those of ``beside``, of which nothing is told; layer -> scheme
+        -> what is known of it.
 
         "error" is the relative weight error, "output" the relative output error (only with a calibration),
         "notes" what is to be said of the fit, where there is something.
         """
         with self.bank.using():
-            self.fit([FitRequest(n, s) for n in layers for s in schemes[n]], calibration)
-            known = {} if calibration is None else self._moments(layers, calibration)
-            found: dict[str, dict[str, dict[str, Any]]] = {}
+            others = beside or {}
+            asked = [FitRequest(n, s) for n in layers for s in (*schemes[n], *others.get(n, ()))]
+            self.fit(asked, calibration)
+            fits: dict[str, dict[Scheme, Fit]] = {}
             for layer in layers:
-                for scheme in schemes[layer]:  # a layer that never ran has no H
+                for scheme in schemes[layer]:
                     fit = self.found(FitRequest(layer, scheme), calibration)
                     assert fit is not None
-                    value: dict[str, Any] = {"error": fit.error}
-                    if layer in known:
-                        hessian: Tensor = known[layer].hessian
-                        value["output"] = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
-                    if fit.notes:
-                        value["notes"] = list(fit.notes)
-                    found.setdefault(layer, {})[str(scheme)] = value
+                    fits.setdefault(layer, {})[scheme] = fit
+            # those that were fitted with H are kept beside their output errors
+            unknown = [k for k, row in fits.items() if any(f.output is None for f in row.values())]
+            known = self._moments(unknown, calibration) if unknown and calibration is not None else {}
+            found: dict[str, dict[str, dict[str, Any]]] = {}
+            with shared_work():
+                for layer, row in fits.items():
+                    for scheme, fit in row.items():
+                        output = None if calibration is None else fit.output
+                        if output is None and layer in known:  # a layer that never ran has no H
+                            hessian: Tensor = known[layer].hessian
+                            output = output_error(self.weights[layer], fit.coded.dequantize(), hessian)
+                        value: dict[str, Any] = {"error": fit.error}
+                        if output is not None:
+                            value["output"] = output
+                        if fit.notes:
+                            value["notes"] = list(fit.notes)
+                        found.setdefault(layer, {})[str(scheme)] = value
             return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aquabit.quant.sharing import shared
 from aquabit.scheme import AquabitError
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal of measured moments (GPTQ, section 3.3)
@@ -25,9 +26,16 @@ def check_hessian(hessian: Tensor | None, weight: Tensor, definite: bool = True)
     False): of a wide layer a factorisation takes seconds. Raises AquabitError for NaN, a wrong shape,
     negative diagonal entries or a matrix that is not positive semi-definite.
     """
-    row = weight[0].numel()
     if hessian is None:
-        return torch.ones(1, row, device=weight.device)
+        return torch.ones(1, weight[0].numel(), device=weight.device)
+    h = _checked(hessian, weight)
+    return _semi_definite(h) if definite and h.ndim == 3 else h
+
+
+@shared
+def _checked(hessian: Tensor, weight: Tensor) -> Tensor:
+    """What ``check_hessian`` says of one that need not be definite."""
+    row = weight[0].numel()
     h = hessian.detach().to(weight.device, torch.float32)
     if h.ndim not in (1, 2, 3) or any(n != row for n in h.shape[-2:] if h.ndim > 1) or h.shape[-1] != row:
         raise AquabitError(
@@ -51,9 +59,7 @@ def check_hessian(hessian: Tensor | None, weight: Tensor, definite: bool = True)
             f"H has a negative diagonal entry ({float(diagonal.min()):.3g}); second moments are never"
             " negative"
         )
-    if hessian.ndim == 1:
-        return h
-    return _semi_definite(_symmetric(h)) if definite else _symmetric(h)
+    return h if hessian.ndim == 1 else _symmetric(h)
 
 
 def _symmetric(h: Tensor) -> Tensor:
@@ -68,6 +74,7 @@ def _raised(h: Tensor, by: Tensor) -> Tensor:
     return raised
 
 
+@shared
 def _semi_definite(h: Tensor) -> Tensor:
     mean = h.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     if not float(mean.max()) or bool((torch.linalg.cholesky_ex(_raised(h, 1e-6 * mean)).info == 0).all()):
@@ -96,6 +103,7 @@ def damped(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     return out
 
 
+@shared
 def conditioned(hessian: Tensor, weight: Tensor) -> Tensor:
     """H as a weight can be fitted to it: damped as measured moments are where its smallest eigenvalue is less
     than half of that, and of a mean diagonal that float32 squares. Any other H is returned as it is.
@@ -132,8 +140,18 @@ def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None)
     h = check_hessian(hessian, weight)
     rows = weight.detach().double().reshape(len(h), -1, weight[0].numel())
     difference = rows - decoded.detach().to(weight.device).double().reshape(rows.shape)
-    error, norm = ((times_wide(d, h) * d).sum() for d in (difference, rows))
+    error, norm = _moment(difference, h), _own_moment(weight, h)
     return float(error / norm) if float(norm) > 0 else 0.0
+
+
+@shared
+def _own_moment(weight: Tensor, hessian: Tensor) -> Tensor:
+    """tr(W H W^T), a scalar in float64."""
+    return _moment(weight.detach().double().reshape(len(hessian), -1, weight[0].numel()), hessian)
+
+
+def _moment(rows: Tensor, hessian: Tensor) -> Tensor:
+    return (times_wide(rows, hessian) * rows).sum()
 
 
 def times_wide(rows: Tensor, hessian: Tensor) -> Tensor:

@@ -72,6 +72,25 @@ def portions(
     return found
 
 
+def shared_out(portion: Sequence[Group], layers: Mapping[str, Layer], count: int) -> list[list[Group]]:
+    """A portion in at most ``count`` parts of about the same work, each in the portion's order: calibrating
+    one takes a replay of all calls, whatever it holds."""
+    work = [sum(_work(layers[name]) for name in group) for group in portion]
+    parts: list[list[int]] = [[] for _ in range(min(count, len(portion)))]
+    loads = [0.0] * len(parts)
+    for place in sorted(range(len(portion)), key=lambda i: -work[i]):
+        least = loads.index(min(loads))
+        parts[least].append(place)
+        loads[least] += work[place]
+    return [[portion[i] for i in sorted(part)] for part in sorted(parts, key=min)]
+
+
+def _work(layer: Layer) -> float:
+    """About what H and a few fits of a layer cost: R^2 for each of the 6 R rows of H, and ten times that for
+    each output (of 192 outputs and 1,728 inputs three fits take about as long as H)."""
+    return _width(layer) ** 2 * (6.0 * _width(layer) + 10.0 * 3 * layer.shape[0]) + 1e7
+
+
 def moments(
     model: FullPrecision,
     calls: Sequence[Call],

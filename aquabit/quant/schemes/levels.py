@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from aquabit.kernels import scalar_search
 from aquabit.kernels.scalar_search import Even
 from aquabit.quant.calibration.hessian import check_hessian, damped
 from aquabit.quant.schemes.scalar import as_rows, halves, lloyd
+from aquabit.quant.sharing import shared
 
 # of the full range, tried for a first grid
 SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64, 0.58, 0.52, 0.46, 0.4)
@@ -66,7 +68,7 @@ class Problem:
         """H dW^T, [G, R, P]."""
         return self.hessian[..., None] * difference if self.hessian.ndim == 2 else self.hessian @ difference
 
-    @property
+    @cached_property
     def ones(self) -> Tensor:
         """H 1, [G, R, 1]."""
         return (self.hessian if self.hessian.ndim == 2 else self.hessian.sum(2))[..., None]
@@ -90,6 +92,7 @@ class Problem:
         return columns.gather(1, self.order[..., None].expand_as(columns)).contiguous()
 
 
+@shared
 def problem_of(weight: Tensor, hessian: Tensor | None, stored: str = "inputs", together: int = 1) -> Problem:
     """Rows and H in one order: that of storage (``stored``: CodebookWeight's), then by decreasing diagonal of
     H (GPTQ's act-order), where so many neighbours stay ``together``. An H of zeros is the identity."""

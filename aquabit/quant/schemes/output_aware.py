@@ -14,6 +14,7 @@ from torch import Tensor
 from aquabit.kernels.scalar_search import descend, feed
 from aquabit.quant.calibration.hessian import COLUMNS, times_wide
 from aquabit.quant.schemes.levels import Coded, Levels, Problem, State
+from aquabit.quant.sharing import shared
 
 RANGES = (0.95, 1.05)  # times the first grid's, tried with error feedback too: every row keeps its best
 # fresh feedback on a refitted grid, and the relative improvement below which it stops
@@ -24,6 +25,7 @@ POLISHES, LEAST_POLISH = 20, 2e-4  # descent alone, on the grid as stored
 REFIT_STEPS, LEAST_STEP = (3, 1e-2)
 
 
+@shared
 def feedback_gain(problem: Problem) -> tuple[Tensor | None, Tensor]:
     """A of LDLQ [G, R, R], strictly lower triangular: the target of column j is w_j + A_j dW, with dW of the
     columns before it.

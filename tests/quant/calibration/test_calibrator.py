@@ -17,7 +17,7 @@ from aquabit.pipelines import Adapter, trace
 from aquabit.quant.calibration import moments as moments_module
 from aquabit.quant.calibration.hessian import DAMPING, check_hessian
 from aquabit.quant.calibration.input_groups import input_groups
-from aquabit.quant.calibration.moments import moments, portions
+from aquabit.quant.calibration.moments import moments, portions, shared_out
 from aquabit.quant.calibration.recording import record_calls
 from aquabit.quant.model import QuantizedDenoiser
 from aquabit.quant.weights import quantize_weight
@@ -428,6 +428,20 @@ def test_plan_stays_within_its_limit(unet) -> None:
     assert all(sum(sizes[g] for g in a) + sizes[b[0]] > limit for a, b in pairwise(chunks)), (
         "no chunk too small"
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 1000])
+def test_a_portion_is_shared_out_in_parts_of_about_the_same_work(unet, count: int) -> None:
+    model, calls = recorded(unet)
+    groups = input_groups(model.full_precision, calls)
+    work = {g: sum(moments_module._work(model.layers[n]) for n in g) for g in groups}
+    parts = shared_out(groups, model.layers, count)
+    assert sorted(g for part in parts for g in part) == sorted(groups), "layers of one input stay together"
+    assert len(parts) == min(count, len(groups)) and all(parts)
+    assert all([groups.index(g) for g in part] == sorted(groups.index(g) for g in part) for part in parts)
+    loads = [sum(work[g] for g in part) for part in parts]
+    assert max(loads) - min(loads) <= max(work.values()), "no part could give one away and be the smaller one"
+    assert parts == shared_out(groups, model.layers, count)
 
 
 def test_progress_counts_the_calls(dit) -> None:

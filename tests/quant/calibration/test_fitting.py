@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aquabit import packing
 from aquabit.measuring.evaluator import Evaluator
+from aquabit.measuring.fitting import PARTS
 from aquabit.measuring.model import open_model
 from aquabit.pipelines import Adapter, recorder, trace
 from aquabit.quant.bank import Bank
@@ -706,6 +707,43 @@ def test_h_is_measured_where_it_is_needed_and_once_for_all_schemes_of_a_layer(
     assert [layers for layers, _ in asked] == [{Q0, Q1}, {V0, DOWN0, DOWN1}], (
         "a configuration's layers are fitted together"
     )
+
+
+def test_a_run_replays_the_recorded_calls_a_few_times_whatever_the_number_of_layers(
+    dit, tmp_path, monkeypatch
+) -> None:
+    replayed: list[set[str]] = []
+
+    def watched(model: Any, calls: Any, groups: list[tuple[str, ...]], acts: list[int]) -> Any:
+        replayed.append({n for group in groups for n in group})
+        return moments(model, calls, groups, acts)
+
+    monkeypatch.setattr(calibrator, "moments", watched)
+    study, space = Study(tmp_path / "s.db"), {"schemes": ["usq2h", "usq5h"], "calibration": CALIBRATION}
+    measure(dit, study, 0, protocol=PROTOCOL, space=space, bank=str(tmp_path / "bank"))
+    layers = SearchSpace.from_dict(study.get("space")).free_layers()
+    assert len(replayed) == PARTS < len(layers) / 6, "one worker has so many parts"
+    assert set.union(*replayed) >= set(layers) and not set.intersection(*replayed)
+    told = {scheme for _, scheme in study.features() if scheme.endswith("h")}
+    assert told == {"usq2h", "usq5h"}, "uniform references were fitted while H was there, and nothing more"
+
+
+def test_what_the_bank_has_of_fits_with_h_is_told_without_h(dit, tmp_path) -> None:
+    schemes = {n: [USQ, VQ] for n in (Q0, V0)}
+    first = opened(dit, tmp_path).fitter.facts([Q0, V0], schemes, CALIBRATION)
+    without = opened(dit, tmp_path, record=False).fitter  # could measure none
+    assert without.facts([Q0, V0], schemes, CALIBRATION) == first
+    measured = opened(dit, tmp_path).fitter
+    known = measured._moments([Q0, V0], CALIBRATION)
+    for layer, row in first.items():
+        for scheme, value in row.items():
+            decoded = measured.coded(FitRequest(layer, Scheme.parse(scheme)), CALIBRATION).dequantize()
+            told = output_error(measured.weights[layer], decoded, known[layer].hessian)
+            assert value["output"] == told, (layer, scheme)
+    mixed_row = {Q0: [USQ, Scheme.parse("usq2")]}  # what is fitted without H needs one to be told
+    with pytest.raises(AquabitError, match="calibrated schemes need images"):
+        without.facts([Q0], mixed_row, CALIBRATION)
+    assert 0 < measured.facts([Q0], mixed_row, CALIBRATION)[Q0]["usq2"]["output"] < 1
 
 
 def test_images_for_calibration_are_made_once(dit, tmp_path, monkeypatch) -> None:
