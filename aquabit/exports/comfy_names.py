@@ -1,5 +1,5 @@
-"""How ComfyUI calls the tensors of a model: a denoiser's as they were first published (``gguf_names``), those of
-a text encoder as they are in the files that it was made for.
+"""How ComfyUI calls the tensors of a model: a denoiser's as they were first published (``gguf_names``), those
+of a text encoder as they are in the files that it was made for.
 
 Facts of ComfyUI 0.29.0: comfy/sd.py (detect_te_model tells an encoder by its names and sizes,
 load_text_encoder_state_dicts), comfy/sd1_clip.py and comfy/text_encoders. transformers 5 calls some of them

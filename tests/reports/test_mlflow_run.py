@@ -97,7 +97,7 @@ def test_what_cannot_be_logged_is_said(
 
     monkeypatch.setattr(Noting, "log_param", refuse)
     monkeypatch.setattr(Noting, "set_terminated", refuse)
-    with pytest.raises(AquabitError, match="did not take the run: OSError$"):
+    with pytest.raises(AquabitError, match=r"did not take the run: OSError$"):
         mlflow_run.log_run(study, tmp_path, "x")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     said = fails(tmp_path, "report", str(study.path), "--out", "page", "--mlflow", "x")
