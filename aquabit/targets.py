@@ -29,18 +29,25 @@ def _with_any(scheme: Scheme, act: Rounding) -> str | None:
     return None
 
 
+def _in_any(scheme: Scheme, name: str, node: Node, model: str) -> str | None:
+    """A layer is held whatever network it is of."""
+    return None
+
+
 @dataclass(frozen=True)
 class Target:
     """What a program can hold: text forms of its default space (``schemes``; of ours none: that has formats
     of each layer's own), the ``activations`` that it computes with as ours are rounded, why a scheme does not
-    go with some of them (``pairs``), and the layers that it fuses, which must share a scheme (``fused``, by
-    class of the denoiser)."""
+    go with some of them (``pairs``), why it is not held by a layer of this name in a network of this class
+    (``network``), and the layers that it fuses, which must share a scheme (``fused``, by class of the
+    denoiser)."""
 
     name: str
     schemes: tuple[str, ...]
     rule: Callable[[Scheme, Node], str | None] = field(repr=False)
     activations: tuple[Rounding, ...] = WEIGHTS_ONLY
     pairs: Callable[[Scheme, Rounding], str | None] = field(default=_with_any, repr=False)
+    network: Callable[[Scheme, str, Node, str], str | None] = field(default=_in_any, repr=False)
     fused: Mapping[str, Lists] = field(default_factory=dict)
     one_scale: tuple[str, ...] = ()  # kinds with one scale a tensor, which layers that it fuses cannot share
 
@@ -50,7 +57,8 @@ class Target:
             return None
         if scheme.kind in self.one_scale and any(fnmatch(name, p) for row in self.tied(model) for p in row):
             return f"{self.name} has one {scheme.kind} scale for the tensor that it shares with others"
-        return self.rule(scheme, node) or scheme.refuses(tuple(node["shape"]))
+        why = self.rule(scheme, node) or self.network(scheme, name, node, model)
+        return why or scheme.refuses(tuple(node["shape"]))
 
     def beside(self, scheme: Scheme, act: Rounding) -> str | None:
         """Why inputs that are rounded so cannot meet a scheme there; None where they can."""
@@ -63,10 +71,9 @@ class Target:
     def tied(self, model: str) -> Lists:
         """Lists of patterns of the layers of a class of denoisers that must share a scheme; of several in one
         graph ("A+B"), whose layers bear the names of their parts first, those of each."""
-        classes = model.split("+")
-        lists = [patterns for name in dict.fromkeys(classes) for patterns in self.fused.get(name, ())]
-        part = "*." if len(classes) > 1 else ""
-        return tuple(tuple(part + pattern for pattern in patterns) for patterns in lists)
+        classes = dict.fromkeys(model.split("+"))
+        lists = [patterns for name in classes for patterns in self.fused.get(name, ())]
+        return tuple(_within(model, patterns) for patterns in lists)
 
     def on(self, nodes: Mapping[str, Node], model: str, schemes: Iterable[Scheme] | None = None) -> Held:
         """What it can hold of the layers of a denoiser of class ``model``, of these ``schemes`` (default: its
@@ -116,6 +123,12 @@ class Held:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "tied": [list(group) for group in self.tied]}
+
+
+def _within(model: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of a network's layers as they are named where it may be one of several ("A+B")."""
+    part = "*." if "+" in model else ""
+    return tuple(part + pattern for pattern in patterns)
 
 
 def _first(names: Sequence[str], shown: int = 3) -> str:
@@ -206,7 +219,7 @@ def _comfy(scheme: Scheme, node: Node) -> str | None:
     """Source: ComfyUI, QUANTIZATION.md (layers of a file name their format; Linear layers are loaded so) and
     comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
     scales and one float32, both sides multiples of 16; mxfp8, of 32; int8 with a scale for each row), decoded
-    by comfy-kitchen 0.2.40. Not verified by running it. With ``full_precision_matrix_mult`` activations stay
+    by comfy-kitchen 0.2.40. With ``full_precision_matrix_mult`` activations stay
     as they are; else those of int8 are rounded per token as ``i8`` (comfy_kitchen/tensor/int8.py and
     backends/eager/quantization.py, quantize_int8_rowwise), and those of fp8 under one scale of all tokens."""
     why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "mxfp8", "int8"]) or _linear_only(node, "ComfyUI")
@@ -235,6 +248,50 @@ def _torchao_pairs(scheme: Scheme, act: Rounding) -> str | None:
 def _comfy_pairs(scheme: Scheme, act: Rounding) -> str | None:
     """Source: that of ``_comfy``."""
     return None if scheme.kind == "int" else "ComfyUI multiplies inputs in int8 by int8 weights"
+
+
+# layers from whose number of inputs ComfyUI tells a model's sizes: nvfp4, two weights a byte, would halve it
+SIZES: Mapping[str, tuple[str, ...]] = {
+    "UNet2DConditionModel": ("*.transformer_blocks.0.attn2.to_k", "add_embedding.linear_1"),
+    "SD3Transformer2DModel": ("context_embedder", "time_text_embed.text_embedder.linear_1"),
+    "FluxTransformer2DModel": ("x_embedder", "context_embedder", "time_text_embed.text_embedder.linear_1"),
+    "ChromaTransformer2DModel": ("context_embedder",),
+    "Flux2Transformer2DModel": ("x_embedder", "context_embedder"),
+    "AuraFlowTransformer2DModel": ("context_embedder",),
+    "CosmosTransformer3DModel": ("patch_embed.proj",),
+    "HunyuanVideoTransformer3DModel": ("context_embedder.proj_in",),
+    "LTXVideoTransformer3DModel": ("transformer_blocks.0.attn2.to_k",),
+    "LTX2VideoTransformer3DModel": ("transformer_blocks.0.attn2.to_k",),
+    "Lumina2Transformer2DModel": ("time_caption_embed.caption_embedder.1",),
+    "ZImageTransformer2DModel": ("cap_embedder.1",),
+    "QwenImageTransformer2DModel": ("img_in",),
+    "QwenImage21Transformer2DModel": ("img_in",),
+}
+_CLIP = ("*encoder.layers.*.self_attn.*", "*encoder.layers.*.mlp.fc?", "text_projection")
+_T5 = ("encoder.block.*",)
+ENCODERS: Mapping[str, tuple[str, ...]] = {  # text encoders of classes of which some are not decoded
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "T5EncoderModel": _T5,
+    "UMT5EncoderModel": _T5,
+}
+T5_WIDTHS = {768: "base", 1472: "ByT5 small", 2048: "XL"}  # of T5s that ComfyUI knows and does not decode
+
+
+def _comfy_network(scheme: Scheme, name: str, node: Node, model: str) -> str | None:
+    """Source: ComfyUI 0.29.0, comfy/model_detection.py (detect_unet_config, calculate_transformer_depth),
+    comfy/sd.py (load_text_encoder_state_dicts: how layers are quantized is handed to T5-XXL, UMT5-XXL and to
+    language models) and comfy/sd1_clip.py: without it codes are loaded as if they were weights."""
+    for own in model.split("+"):
+        if scheme.kind == "nvfp4" and any(fnmatch(name, p) for p in _within(model, SIZES.get(own, ()))):
+            return "ComfyUI tells the model's sizes from its inputs, which nvfp4 halves in a file"
+        if any(fnmatch(name, p) for p in _within(model, ENCODERS.get(own, ()))):
+            if ENCODERS[own] is _CLIP:
+                return "ComfyUI decodes no CLIP text encoder"
+            width = next((size for size in node["shape"] if size in T5_WIDTHS), None)
+            if width is not None:
+                return f"ComfyUI decodes no T5 text encoder but XXL, and this is {T5_WIDTHS[width]}"
+    return None
 
 
 def _aquabit(scheme: Scheme, node: Node) -> str | None:
@@ -298,6 +355,7 @@ COMFY = Target(
     _comfy,
     (16, "i8"),
     _comfy_pairs,
+    _comfy_network,
     fused=FUSED,
     one_scale=("fp8", "nvfp4"),
 )

@@ -4,7 +4,7 @@ A layer's weight holds codes, ``weight_scale`` beside it the scales, ``weight_sc
 nvfp4 (ComfyUI's QUANTIZATION.md; comfy-kitchen, which decodes them, 0.2.40). fp8 has one scale for a tensor,
 int8 one for each output, nvfp4 and mxfp8 those of blocks in the order in which tensor cores take them. Layers
 whose inputs are at 16 bits here are marked ``full_precision_matrix_mult``: the others ComfyUI rounds, by its
-own ranges. Names are those of the model as it was first published.
+own ranges; of text encoders it rounds none. Names are those of ``comfy_names``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aquabit.exports.comfy_names import TOKENIZERS, plan_of
 from aquabit.exports.exported import Exported, lost_beside_weights
-from aquabit.exports.gguf import OWN, plan_of
 from aquabit.exports.gguf_names import Place
 from aquabit.files import writing
 from aquabit.graph import layers
@@ -29,6 +29,7 @@ from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.coded_scale import CodedScale
 from aquabit.quant.model import storage_dtype
 from aquabit.scheme import FP, AquabitError, LayerChoice, Scheme
+from aquabit.targets import COMFY
 
 METHOD = "comfy"
 METADATA, VERSION = "_quantization_metadata", "1.0"
@@ -46,7 +47,7 @@ def format_of(scheme: Scheme) -> str | None:
 
 def check(exported: Exported) -> None:
     """Raise AquabitError for a layer that ComfyUI cannot hold as it is."""
-    nodes = layers(exported.graph)
+    nodes, own = layers(exported.graph), type(exported.network).__name__
     for name, choice in exported.config.layers.items():
         scheme, node = choice.weight, nodes[name]
         why = None
@@ -58,6 +59,8 @@ def check(exported: Exported) -> None:
             why = "ComfyUI quantizes Linear layers"
         elif any(size % EVEN.get(scheme.kind, 1) for size in node["shape"]):
             why = f"rows and inputs of {list(node['shape'])} must be multiples of {EVEN[scheme.kind]}"
+        else:
+            why = COMFY.network(scheme, name, node, own)
         if why is not None:
             raise AquabitError(
                 f"layer {name!r} cannot be {scheme}: {why}; leave it at fp, or search with --target comfy"
@@ -109,11 +112,25 @@ def write(exported: Exported, out: Path) -> list[str]:
     with writing(out) as temporary:
         own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(own, temporary, {"format": "pt", NOTE: exported.config.digest, **about})
-    known = (
-        "the published names" if plan.architecture != OWN else "its own names: ComfyUI knows no such model"
-    )
-    found = [f"{len(tensors)} tensors, with {known}: {', '.join(f'{k} {n}' for k, n in kinds.items())}"]
+    listed = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+    found = [f"{len(tensors)} tensors, with {plan.said}: {listed}"]
+    if plan.is_encoder:
+        found += _of_encoder(exported)
     return [*found, *lost_beside_weights(exported.config)]
+
+
+def _of_encoder(exported: Exported) -> list[str]:
+    """What is to be said of a text encoder's file."""
+    tokenizer, found = TOKENIZERS.get(type(exported.network).__name__), list[str]()
+    if tokenizer is not None:
+        found.append(
+            f"ComfyUI takes this encoder's tokenizer from the tensor {tokenizer} of the file, which is not"
+            " written: copy it from the published file"
+        )
+    rounded = sum(c.act in ("i8", "f8") for c in exported.config.layers.values())
+    if rounded:
+        found.append(f"inputs of {rounded} layers are rounded here, and not by ComfyUI in text encoders")
+    return found
 
 
 def _joined(rows: Sequence[Tensor], swapped: bool) -> Tensor:

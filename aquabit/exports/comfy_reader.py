@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aquabit.exports.comfy import FORMATS, METADATA
+from aquabit.exports.comfy import FORMATS, METADATA, VERSION
 from aquabit.exports.placed import Shape, parts_of
 from aquabit.exports.stored_folder import FLOATS, opened, validated
 from aquabit.graph import LayerGraph, fixed_layers
@@ -26,20 +26,24 @@ PACKED = "nvfp4"  # whose tensors hold two codes a byte
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file says of one layer. ``convrot``: its inputs are rotated first."""
+    """What a file says of one layer. ``convrot``: its inputs are rotated first; ComfyUI also reads that in
+    ``params``."""
 
     format: str
     convrot: bool = False
+    params: Any = None
 
     @property
     def name(self) -> str:
-        return f"{self.format} of rotated weights" if self.convrot else self.format
+        rotated = self.convrot or (isinstance(self.params, dict) and self.params.get("convrot"))
+        return f"{self.format} of rotated weights" if rotated else self.format
 
 
 @dataclass(frozen=True)
 class Header:
     """``_quantization_metadata``: the formats of layers by their names."""
 
+    format_version: str = VERSION
     layers: dict[str, Stored] = field(default_factory=dict)
 
 
@@ -79,8 +83,14 @@ def read(path: str | Path, graph: LayerGraph, fingerprint: str) -> QuantConfig:
 
 def _formats(file: Any, names: set[str], path: str) -> dict[str, Stored]:
     """Layer -> what is said of it."""
-    text = (file.metadata() or {}).get(METADATA)
-    found = {} if text is None else validated(Header, parse_json(text, path), f"{path}: {METADATA}").layers
+    text, found = (file.metadata() or {}).get(METADATA), dict[str, Stored]()
+    if text is not None:
+        header = validated(Header, parse_json(text, path), f"{path}: {METADATA}")
+        if header.format_version.partition(".")[0] != VERSION.partition(".")[0]:
+            raise AquabitError(
+                f"{path} is of format version {header.format_version!r:.20}; known is {VERSION}"
+            )
+        found = header.layers
     for name in names:
         if name.endswith(MARK):
             if file.get_slice(name).get_dtype() != "U8":

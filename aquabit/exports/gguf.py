@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from aquabit.exports.exported import Exported, lost_beside_weights
 from aquabit.exports.gguf_blocks import FIELDS, to_blocks
 from aquabit.exports.gguf_file import PLAIN, SHAPE, Value, Written, read_file, write_file
-from aquabit.exports.gguf_names import ARCHITECTURES, Place, reference_names
+from aquabit.exports.gguf_names import ARCHITECTURES, TEXT_ENCODERS, Place, reference_names
 from aquabit.exports.sd_cpp_rules import sentences
 from aquabit.graph import layers
 from aquabit.kernels.codebook import CodebookWeight
@@ -71,6 +71,8 @@ def plan_of(network: nn.Module) -> Plan:
     """What a file of this network is to hold."""
     names, own = list(network.state_dict()), type(network)
     found = reference_names(own.__name__, names)
+    if found is not None and own.__name__ in TEXT_ENCODERS:
+        return Plan(*found, "ComfyUI-GGUF")
     if found is not None:
         return Plan(*found, "ComfyUI-GGUF, stable-diffusion.cpp and diffusers")
     places = tuple(Place(name, (name,)) for name in names)
@@ -204,13 +206,13 @@ def _most(tensors: Iterable[Written]) -> str:
 
 def said(exported: Exported, plan: Plan, tensors: Sequence[Written]) -> list[str]:
     """What is to be said of a file: who reads it, what is lost, and the rules for stable-diffusion.cpp."""
-    kinds = Counter(one.kind for one in tensors)
+    kinds, own = Counter(one.kind for one in tensors), type(exported.network).__name__
     found = [f"{len(tensors)} tensors: {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}"]
     if plan.architecture != OWN:
-        found.append(f"architecture {plan.architecture}, with the names that {plan.readers} read")
+        verb = "reads" if own in TEXT_ENCODERS else "read"
+        found.append(f"architecture {plan.architecture}, with the names that {plan.readers} {verb}")
     else:
         by = f": {plan.readers} reads them, ComfyUI-GGUF does not" if plan.is_loaded else ""
-        own = type(exported.network).__name__
         found.append(f"architecture {OWN}: no other names of {own} are known, so its own are written{by}")
     large = [one.name for one in tensors if len(one.shape) > MOST_DIMENSIONS]
     if large:
@@ -226,7 +228,7 @@ def said(exported: Exported, plan: Plan, tensors: Sequence[Written]) -> list[str
         )
     found += _splits(exported, plan)
     found += lost_beside_weights(exported.config)
-    if plan.architecture != OWN:
+    if own in ARCHITECTURES and plan.architecture != OWN:
         found += sentences({one.name: one.kind if one.kind in QUANTIZED else "" for one in tensors})
     return found
 

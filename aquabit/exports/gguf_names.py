@@ -1,5 +1,6 @@
 """How the tensors of a denoiser are named where its weights were first published: what ComfyUI-GGUF and
-stable-diffusion.cpp know them by, and what diffusers' ``from_single_file`` takes apart.
+stable-diffusion.cpp know them by, and what diffusers' ``from_single_file`` takes apart; of a text encoder
+those of llama.cpp, which ComfyUI-GGUF knows.
 
 An architecture is a table (``gguf_tables``), or what makes one of a model's names; a new one is entered in
 ``ARCHITECTURES``.
@@ -30,12 +31,14 @@ class Place:
 class Architecture(NamedTuple):
     """A kind of denoiser: its name in files (``general.architecture``), as ComfyUI-GGUF knows it, and its
     table; ``open``: what no line names keeps its name; ``split``: how a tensor's name ends of whose first
-    part diffusers takes the rows for granted, and how many."""
+    part diffusers takes the rows for granted, and how many; ``repeated``: tensors that are others by a second
+    name, which files leave out."""
 
     name: str
     table: str | Callable[[Sequence[str]], str]
     open: bool = False
     split: tuple[str, int] | None = None
+    repeated: tuple[str, ...] = ()
 
 
 UNET_RESNET = """
@@ -112,6 +115,13 @@ ARCHITECTURES: dict[str, Architecture] = {  # by diffusers' class
     "QwenImage21Transformer2DModel": Architecture("qwen_image", tables.QWEN_IMAGE21, True),
 }
 
+EMBEDDING = "encoder.embed_tokens.weight"  # of T5, whose first name is shared.weight
+TEXT_ENCODERS: dict[
+    str, Architecture
+] = {  # by transformers' class; with wi_0 and wi_1, as llama.cpp has them
+    "T5EncoderModel": Architecture("t5encoder", tables.T5, repeated=(EMBEDDING,))
+}
+
 
 class Rule(NamedTuple):
     """How one module of ours is called."""
@@ -163,6 +173,8 @@ def places_of(architecture: Architecture, names: Sequence[str]) -> tuple[Place, 
     parts: dict[str, list[tuple[int, str]]] = {}
     swapped: set[str] = set()
     for name in names:
+        if name in architecture.repeated:
+            continue
         found = ((rank, rule.of(name), rule.swapped) for rank, rule in enumerate(rules))
         hit = next((one for one in found if one[1] is not None), None)
         if hit is None and not architecture.open:
@@ -179,8 +191,9 @@ def places_of(architecture: Architecture, names: Sequence[str]) -> tuple[Place, 
 
 
 def reference_names(model_class: str, names: Sequence[str]) -> tuple[str, tuple[Place, ...]] | None:
-    """The architecture and the places of a diffusers class's tensors; None where they are not known."""
-    architecture = ARCHITECTURES.get(model_class)
+    """The architecture and the places of the tensors of a class of denoisers or text encoders; None where
+    they are not known."""
+    architecture = ARCHITECTURES.get(model_class) or TEXT_ENCODERS.get(model_class)
     places = () if architecture is None else places_of(architecture, names)
     if architecture is None or not places:
         return None

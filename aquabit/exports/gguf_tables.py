@@ -347,3 +347,20 @@ QWEN_IMAGE21 = """
 @ transformer_blocks.# transformer_blocks.#
 img_mlp.gate_layer,img_mlp.proj  img_mlp.gate_up
 """
+# llama.cpp's names, which ComfyUI-GGUF turns back (its loader.py, T5_SD_MAP)
+T5 = """
+@ encoder.block.# enc.blk.#
+layer.0.SelfAttention.q                        attn_q
+layer.0.SelfAttention.k                        attn_k
+layer.0.SelfAttention.v                        attn_v
+layer.0.SelfAttention.o                        attn_o
+layer.0.SelfAttention.relative_attention_bias  attn_rel_b
+layer.0.layer_norm                             attn_norm
+layer.1.DenseReluDense.wi_0                    ffn_gate
+layer.1.DenseReluDense.wi_1                    ffn_up
+layer.1.DenseReluDense.wo                      ffn_down
+layer.1.layer_norm                             ffn_norm
+@ - -
+shared                    token_embd
+encoder.final_layer_norm  enc.output_norm
+"""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Container, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
-from aquabit.exports.gguf_names import ARCHITECTURES, LDM, Place, places_of
+from aquabit.exports.comfy_names import encoder_places
+from aquabit.exports.gguf_names import LDM, Place, reference_names
 from aquabit.graph import LayerGraph, layers
 from aquabit.scheme import AquabitError
 
@@ -44,8 +45,8 @@ def parts_of(
 
 def _found(path: str, tensors: Container[str], model_class: str, names: list[str]) -> tuple[Place, ...]:
     own = tuple(Place(name, (name,)) for name in names)
-    published = ARCHITECTURES.get(model_class)
-    candidates = [own] if published is None else [places_of(published, names), own]
+    published = reference_names(model_class, names)
+    candidates = [() if published is None else published[1], encoder_places(model_class, names), own]
     best: tuple[Place, ...] = own
     fewest = len(names) + 1
     for places in candidates:

@@ -13,6 +13,7 @@ from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Scheme
 
 DEFAULT = "_default"  # of an FqnToConfig: every layer that nothing else names
 LONGEST_PATTERN, MOST_REPEATS = 200, 3  # of a regular expression
+NEWEST = 2  # of what torchao 0.18 writes as ``_version``
 INT4_GROUP = 128  # of Int4WeightOnlyConfig, where nothing is said
 
 
@@ -84,6 +85,9 @@ def _parts(value: Any, source: str) -> tuple[str, Mapping[str, Any]]:
     kind, data = (value.get("_type"), value.get("_data")) if isinstance(value, Mapping) else (None, None)
     if not isinstance(kind, str) or not isinstance(data, Mapping):
         raise AquabitError(f"{source} is {value!r:.60}; it must have _type and _data, as torchao writes it")
+    version = value.get("_version", 1)
+    if type(version) is not int or not 0 < version <= NEWEST:
+        raise AquabitError(f"{source} has {kind} of version {version!r:.20}; known are 1 to {NEWEST}")
     return kind, data
 
 

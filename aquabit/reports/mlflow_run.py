@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,13 @@ def client(uri: str) -> Any:
         found = MlflowClient(tracking_uri=uri)
         found.search_experiments(max_results=1)
     except Exception as error:  # whatever its store raises: of files, databases, requests
-        raise AquabitError(f"MLflow at {uri!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise AquabitError(f"MLflow at {uri!r} cannot be used: {_said(error)}") from error
     return found
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def log_run(study: Study, report: Path, uri: str) -> str:
@@ -39,7 +45,7 @@ def log_run(study: Study, report: Path, uri: str) -> str:
     swaps, as far as they are there. Artifacts: ``report``.
     """
     service, facts = client(uri), read(study)
-    name = facts.model or study.path.stem
+    name, run = facts.model or study.path.stem, None
     try:
         known = service.get_experiment_by_name(EXPERIMENT)
         experiment = service.create_experiment(EXPERIMENT) if known is None else known.experiment_id
@@ -51,7 +57,9 @@ def log_run(study: Study, report: Path, uri: str) -> str:
         service.log_artifacts(run, str(report), "report")
         service.set_terminated(run)
     except Exception as error:
-        raise AquabitError(f"MLflow at {uri!r} did not take the run: {str(error).splitlines()[0]}") from error
+        with suppress(Exception):  # a server that is gone, whose run stays as it is
+            service.set_terminated(run, "FAILED")
+        raise AquabitError(f"MLflow at {uri!r} did not take the run: {_said(error)}") from error
     return str(run)
 
 

@@ -14,7 +14,7 @@ from aquabit.exports.exported import Exported
 from aquabit.graph import fixed_layers, layers, trace
 from aquabit.quant.model import fingerprint, storage_dtype
 from aquabit.quant.weights import quantize_weight
-from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
 
 
 def small_dit(seed: int = 0) -> Any:
@@ -73,7 +73,7 @@ class Case:
 def case(
     net: Any,
     chosen: Callable[[int, str, tuple[int, ...]], str],
-    act: int = 16,
+    act: Rounding = 16,
     again: Any = None,
     graph: Any = None,
 ) -> Case:

@@ -15,16 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aquabit.exports.comfy import METADATA, check, is_ours, tiled, write
+from aquabit.exports.comfy_names import plan_of
 from aquabit.exports.comfy_reader import read
 from aquabit.exports.exported import check_activations
+from aquabit.exports.gguf_names import LDM
 from aquabit.exports.readers import read_others
 from aquabit.graph import layers, trace
 from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
 from aquabit.scheme import FP, AquabitError, LayerChoice, QuantConfig, Rounding, Scheme
-from aquabit.targets import TARGETS
-from tests.exports.networks import flux, sdxl
+from aquabit.targets import COMFY, TARGETS
+from tests.exports.networks import NETWORKS, flux, sdxl
+from tests.exports.networks import made as published
 from tests.exports.small_models import Case, Exported, case, refused, small_dit, small_unet
 
 LIBRARY = "comfy-kitchen is not installed; ComfyUI decodes by it"
@@ -189,11 +192,53 @@ def test_scales_lie_as_tensor_cores_take_them(shape: tuple[int, int]) -> None:
         (small_dit, "proj_out_2", "mxfp8", "rows and inputs of [4, 128] must be multiples of 32"),
         (flux, "transformer_blocks.0.attn.to_q", "int8", "they are one tensor of ComfyUI's"),
         (small_dit, "proj_out_1", "nvfp4", ""),
+        (flux, "context_embedder", "nvfp4", "ComfyUI tells the model's sizes from its inputs"),
+        (flux, "context_embedder", "mxfp8", ""),
+        (flux, "transformer_blocks.0.ff.net.2", "nvfp4", ""),
     ],
 )
 def test_what_it_cannot_hold_is_refused(build: Any, layer: str, scheme: str, why: str) -> None:
     said = refused(check, build(), layer, scheme)
     assert why in said and bool(said) == bool(why)
+
+
+# whose second dimension ComfyUI 0.29.0 reads, comfy/model_detection.py: detect_unet_config and
+# calculate_transformer_depth
+SIZED = ("img_in", "txt_in", "txt_in.input_embedder", "vector_in.in_layer", "y_embedder.mlp.0")
+SIZED = (
+    *SIZED,
+    "context_embedder",
+    "cond_seq_linear",
+    "cap_embedder.1",
+    "x_embedder.proj.1",
+    "label_emb.0.0",
+)
+FIRST = re.compile(r"((in|out)put_blocks\.\d+\.1\.|middle_block\.1\.|^)transformer_blocks\.0\.attn2\.to_k$")
+
+
+UNUSED = {  # read for others of their kind
+    ("Chroma", "img_in"),
+    ("Hunyuan", "vector_in.in_layer"),
+    ("QwenImage", "txt_in"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_tells_sizes_is_not_packed(name: str) -> None:
+    network = published(name)
+    own, nvfp4 = type(network).__name__, Scheme.parse("nvfp4")
+    linear = {k for k, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+    found, wanted = set(), set()
+    for place in plan_of(network).places:
+        there = place.name.removeprefix(LDM).removesuffix(".weight")
+        parts = {part.removesuffix(".weight") for part in place.parts} & linear
+        if there in SIZED and not any(own.startswith(kind) and there == read for kind, read in UNUSED):
+            wanted |= parts
+        if FIRST.search(there) and not own.startswith("Cosmos"):
+            wanted |= parts
+        found |= {part for part in parts if COMFY.network(nvfp4, part, {"shape": (64, 64)}, own)}
+    assert found == wanted
+    assert bool(found) or own.startswith(("Wan", "SkyReels", "ChronoEdit", "HiDream"))
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
@@ -239,6 +284,7 @@ def test_files_of_others_are_read(tmp_path: Path) -> None:
     [
         ({"format": "float8_e5m2"}, {}, "formats that are no schemes here: float8_e5m2 (1 layers)"),
         ({"format": "int8_tensorwise", "convrot": True}, {}, "int8_tensorwise of rotated weights (1 layers)"),
+        ({"format": "int8_tensorwise", "params": {"convrot": True}}, {}, "int8_tensorwise of rotated"),
         ({"format": 3}, {}, "proj_out_1.comfy_quant"),
         ([], {}, "proj_out_1.comfy_quant"),
         ({"format": "nvfp4"}, {}, "proj_out_1.weight is [256, 256] there, [256, 128] here"),
@@ -257,6 +303,19 @@ def test_what_no_scheme_is_and_what_is_damaged_is_refused(
     path = marked(tmp_path / "f.safetensors", net, {"proj_out_1": said}, **tensors)
     with pytest.raises(AquabitError, match=re.escape(why)):
         read_others(path, trace(net), "f")
+
+
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    net, path = small_dit(), tmp_path / "f.safetensors"
+    state = {k: t.contiguous() for k, t in net.state_dict().items()}
+    for version, known in (("1.3", True), ("2.0", False)):
+        about = {"format_version": version, "layers": {"proj_out_1": {"format": "mxfp8"}}}
+        save_file(state, path, {METADATA: json.dumps(about)})
+        if known:
+            assert str(read(path, trace(net), "f")["proj_out_1"].weight) == "mxfp8"
+            continue
+        with pytest.raises(AquabitError, match=r"is of format version '2\.0'; known is 1\.0"):
+            read(path, trace(net), "f")
 
 
 def test_a_file_of_another_model_and_a_dense_one(tmp_path: Path) -> None:

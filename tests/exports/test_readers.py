@@ -293,6 +293,10 @@ def test_a_truncated_file(folder: tuple[Path, Any]) -> None:
         ({"quant_type": 4}, "must have _type and _data"),
         ({"quant_type": {"default": {"_type": "FqnToConfig", "_data": {}}}}, "must map layers to settings"),
         (
+            {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 3, "_data": {}}}},
+            "has Int8WeightOnlyConfig of version 3; known are 1 to 2",
+        ),
+        (
             {"quant_type": {"default": {"_type": "Odd", "_data": {}}}},
             "is Odd of its weights, which no scheme",
         ),

@@ -51,8 +51,8 @@ class Noting:
     def log_artifacts(self, run: str, folder: str, to: str) -> None:
         self.told["files"] = {p.name for p in Path(folder).iterdir()}
 
-    def set_terminated(self, run: str) -> None:
-        self.told["ended"] = True
+    def set_terminated(self, run: str, status: str = "FINISHED") -> None:
+        self.told["ended"] = status
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_run_has_what_the_study_has(study: Study, noting: type[Noting], tmp_pa
     told, best = noting.last.told, mlflow_run.read(study).front
     assert best is not None
     member = best.best_member
-    assert told["ended"] and told["experiment"] == "aquabit" and "index.html" in told["files"]
+    assert told["ended"] == "FINISHED" and told["experiment"] == "aquabit" and "index.html" in told["files"]
     assert told["metrics"]["bits_per_weight"] == member.bits_per_weight
     for metric, interval in member.measured.items():
         assert told["metrics"][metric] == interval.value
@@ -89,6 +89,15 @@ def test_what_cannot_be_logged_is_said(
         mlflow_run.log_run(study, tmp_path, "http://nowhere")
     monkeypatch.setattr(Noting, "log_param", lambda *_: 1 / 0)
     with pytest.raises(AquabitError, match="did not take the run: division by zero"):
+        mlflow_run.log_run(study, tmp_path, "x")
+    assert noting.last.told["ended"] == "FAILED"
+
+    def refuse(*_: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(Noting, "log_param", refuse)
+    monkeypatch.setattr(Noting, "set_terminated", refuse)
+    with pytest.raises(AquabitError, match=r"did not take the run: OSError$"):
         mlflow_run.log_run(study, tmp_path, "x")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     said = fails(tmp_path, "report", str(study.path), "--out", "page", "--mlflow", "x")
