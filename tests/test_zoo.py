@@ -260,7 +260,7 @@ def test_emoji_are_split_by_what_they_show(tmp_path: Path, monkeypatch: pytest.M
             assert int(of.sum()) in (2, 8)
     drawn = found.drawn(4000, torch.Generator().manual_seed(0))
     counts = found.subjects[drawn].bincount()
-    assert counts[counts > 0].min() > 0.8 * counts.max()
+    assert counts[counts > 0].min() > 0.6 * counts.max()  # of 250, give or take 16
     epoch = found.subjects[found.epoch(torch.Generator().manual_seed(0))]
     assert sorted(epoch.tolist()) == found.subjects.unique().tolist()
 

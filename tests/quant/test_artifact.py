@@ -286,8 +286,8 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
 
 
 LAYERS = {"digits-dit": 57, "digits-unet": 51, "emoji-dit": 75, "fashion-dit": 102, "fashion-unet": 91}
-# of 40 images, by a classifier that is right for 98 and 92 % of real ones
-RIGHT = {"digits": 0.9, "fashion": 0.75}
+# of 40 images, by a classifier that is right for 98, 92 and 53 % of real ones
+RIGHT = {"digits": 0.9, "fashion": 0.75, "emoji": 0.4}
 
 
 def test_every_bundled_model_is_tested() -> None:
