@@ -18,7 +18,7 @@ from aquabit.stats import LEVEL, mean_interval, paired_difference
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("digits-unet", "digits-dit")  # what a benchmark measures unless it is told other ones
-BUNDLED = (*MODELS, "fashion-unet", "fashion-dit")
+BUNDLED = (*MODELS, "fashion-unet", "fashion-dit", "emoji-dit")
 INSTRUCTIONS = "avx512vnni"  # of the processors that kernels were mostly timed on
 
 

@@ -123,7 +123,7 @@ def calls(model: str, loss: str) -> dict[str, torch.Tensor]:
     if loss == "denoising":
         from zoo.data import DATA
 
-        data = DATA[pipe.config.real_images](None)
+        data = DATA[pipe.config.real_images].read(None)
         images, labels = data.pixels(data.images), data.labels
         picked = torch.randperm(len(images), generator=generator)[:REAL_IMAGES]
         steps = pipe.scheduler.config.num_train_timesteps

@@ -40,7 +40,7 @@ from benchmarks.common import (
 )
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("fashion-dit", "fashion-unet")
+MODELS = ("fashion-dit", "fashion-unet", "emoji-dit")
 FRESH = range(501, 506)  # blocks of seeds that nothing else uses
 SHOWN = 19_000  # the first seed of the picture; evaluate.py uses those before
 METRICS = ("psnr", "fid")
@@ -122,7 +122,7 @@ def fresh(folder: Path, model: str) -> list[dict[str, Any]]:
 
 
 def images(folder: Path, model: str, scheme: str) -> dict[str, torch.Tensor]:
-    """Title -> images [10, h, w], one a class, of the same seeds."""
+    """Title -> images [10, h, w, 1 or 3] of the same seeds, the classes in turn."""
     from aquabit import packing
     from aquabit.pipelines import Adapter, load
     from aquabit.scheme import Protocol
@@ -138,7 +138,7 @@ def images(folder: Path, model: str, scheme: str) -> dict[str, torch.Tensor]:
         pipe = load(model)
         if name != "full precision":
             pipe = packing.quantize(pipe, configs[name], bank=str(folder / "bank"), accuracy="exact").pipe
-        made[title] = Adapter(pipe).images(protocol, range(10))[:, 0]
+        made[title] = Adapter(pipe).images(protocol, range(10)).movedim(1, -1)
     return made
 
 

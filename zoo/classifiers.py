@@ -61,27 +61,38 @@ CLASSIFIERS: Mapping[str, ClassifierRecipe] = {
         epochs=10,
         batch=128,
     ),
+    "emoji": ClassifierRecipe(
+        "Google's emoji of Emoji 16.0",
+        [
+            *(_conv(3, 32, 2), _SILU, _conv(32, 64, 2), _SILU),
+            *(_conv(64, 96), _SILU, _conv(96, 128, 2), _SILU),
+            *(_FLATTEN, _linear(128 * 4 * 4, 32), _SILU, _linear(32, 9)),
+        ],
+        epochs=40,
+        batch=64,
+    ),
 }
 
 
-def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by at most one pixel in each direction, black coming in."""
+def shifted(x: torch.Tensor, generator: torch.Generator, edge: float = -1.0) -> torch.Tensor:
+    """Each image moved by at most one pixel in each direction, ``edge`` coming in."""
     n, _, height, width = x.shape
     down, right = (torch.randint(-1, 2, (n, 2), generator=generator) + 1).unbind(1)
-    windows = nn.functional.pad(x, (1, 1, 1, 1), value=-1.0).unfold(2, height, 1).unfold(3, width, 1)
+    windows = nn.functional.pad(x, (1, 1, 1, 1), value=edge).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(n), :, down, right]
 
 
 def train_classifier(name: str, data: Data, folder: Path) -> float:
     """Train the classifier of a set from seed 0 and write ``folder``; returns its held-out accuracy."""
     recipe, generator = CLASSIFIERS[name], torch.Generator().manual_seed(0)
+    edge = float(data.pixels(torch.tensor(data.edge)))
     torch.manual_seed(0)
     model = network(recipe.layers).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
     for epoch in range(recipe.epochs):
-        for batch in torch.randperm(len(data.images), generator=generator).split(recipe.batch):
-            images = shifted(data.pixels(data.images[batch]), generator)
+        for batch in data.epoch(generator).split(recipe.batch):
+            images = shifted(data.pixels(data.images[batch]), generator, edge)
             images = images + 0.1 * torch.randn(images.shape, generator=generator)
             loss = nn.functional.cross_entropy(model(images), data.labels[batch], label_smoothing=0.05)
             optimizer.zero_grad()

@@ -45,10 +45,12 @@ class Judge:
     training images."""
 
     def __init__(self, name: str, folder: Path | None) -> None:
-        data = DATA[name](folder)
+        data = DATA[name].read(folder)
+        self.data = data
         self.features = real_images(name).features
         self.training, self.labels = data.images.float() / data.top, data.labels
         held_out = data.held_out_images.float() / data.top
+        self.subjects = torch.arange(len(self.labels)) if data.subjects is None else data.subjects
         self.source = Source(self.features, Reference.from_images(held_out, self.features))
         self.known = self.pooled(self.training)
         self.held_out = self.nearest(held_out)
@@ -56,14 +58,14 @@ class Judge:
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([torch.from_numpy(self.features(part).pooled) for part in images.split(500)])
 
-    def nearest(self, images: torch.Tensor, own: bool = False) -> torch.Tensor:
-        """Distance of each image's features to those of the nearest training image; ``own``: the images are
-        the first training images, and the nearest is another one."""
+    def nearest(self, images: torch.Tensor, subjects: torch.Tensor | None = None) -> torch.Tensor:
+        """Distance of each image's features to those of the nearest training image; ``subjects``: to the
+        nearest one of another subject than the image's."""
         found = []
         for i, rows in enumerate(self.pooled(images).split(500)):
             distances = torch.cdist(rows, self.known)
-            if own:
-                distances[torch.arange(len(rows)), torch.arange(len(rows)) + 500 * i] = torch.inf
+            if subjects is not None:
+                distances[subjects[500 * i : 500 * i + len(rows), None] == self.subjects] = torch.inf
             found.append(distances.min(1).values)
         return torch.cat(found)
 
@@ -80,10 +82,21 @@ class Judge:
         return f"| {what} | {psnr} | {numbers} | {near.median():.3f} | {100 * share:.1f} % |"
 
     def training_row(self) -> str:
-        """Of training images themselves, each of which is compared with the others."""
-        n = min(TRAINING_IMAGES, len(self.training))
-        images, labels = self.training[:n], self.labels[:n].tolist()
-        return self.row(f"training images ({n}) | -", images, labels, self.nearest(images, own=True))
+        """Of training images themselves, each of which is compared with those of other subjects."""
+        chosen = self.comparable()[:TRAINING_IMAGES]
+        images, labels = self.training[chosen], self.labels[chosen].tolist()
+        near = self.nearest(images, self.subjects[chosen])
+        return self.row(f"training images ({len(chosen)}) | -", images, labels, near)
+
+    def comparable(self) -> torch.Tensor:
+        """Places of training images that are chosen as held-out ones are: where they have variants, the first
+        of each subject, and as many of each class."""
+        if self.data.subjects is None:
+            return torch.arange(len(self.labels))
+        first = torch.from_numpy(np.unique(self.data.subjects.numpy(), return_index=True)[1])
+        labels = self.labels[first]
+        count = int(labels.bincount().min())
+        return torch.cat([first[labels == c][:count] for c in labels.unique()])
 
 
 def generated(adapter: Adapter, steps: int, count: int) -> tuple[torch.Tensor, list[int]]:
@@ -122,7 +135,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", default=bundled_models(), metavar="NAME")
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the set's files; default: where its package is installed"
+    )
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50])
     parser.add_argument("--schemes", nargs="+", default=[], metavar="SCHEME", help="such as usq3h")

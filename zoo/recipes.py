@@ -13,8 +13,8 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
 
-CLASSES = 10
-NULL_CLASS = CLASSES  # the label that stands for "no condition"
+from zoo.data import DATA
+
 WARM_UP = 200  # steps
 
 DIGITS_SCHEDULE = {
@@ -76,6 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
     "fashion-dit": Recipe(
         "fashion", FASHION_SCHEDULE, 1.5e-3, 40_000, 8000, batch=64, min_snr=5.0, bfloat16=True, muon=True
     ),
+    "emoji-dit": Recipe("emoji", FASHION_SCHEDULE, 1.5e-3, 20_000, 4000, batch=32, min_snr=5.0, muon=True),
 }
 
 
@@ -95,7 +96,7 @@ def _digits_unet() -> nn.Module:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=CLASSES + 1,
+        num_class_embeds=DATA["digits"].classes + 1,
         attention_head_dim=32,
         norm_num_groups=16,
     )
@@ -111,22 +112,23 @@ def _fashion_unet() -> nn.Module:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        num_class_embeds=CLASSES + 1,
+        num_class_embeds=DATA["fashion"].classes + 1,
         attention_head_dim=32,
         norm_num_groups=16,
     )
 
 
-def _dit(heads: int, blocks: int, size: int, patch: int) -> nn.Module:
+def _dit(data: str, heads: int, blocks: int, patch: int) -> nn.Module:
+    channels, size, _ = DATA[data].shape
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=32,
-        in_channels=1,
-        out_channels=1,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=blocks,
         sample_size=size,
         patch_size=patch,
-        num_embeds_ada_norm=CLASSES,
+        num_embeds_ada_norm=DATA[data].classes,
         norm_elementwise_affine=False,
     )
     for block in model.transformer_blocks:
@@ -141,7 +143,8 @@ def _dit(heads: int, blocks: int, size: int, patch: int) -> nn.Module:
 
 _BUILT: Mapping[str, Callable[[], nn.Module]] = {
     "digits-unet": _digits_unet,
-    "digits-dit": lambda: _dit(heads=6, blocks=6, size=8, patch=2),  # 57 layers of 4.6 M weights
+    "digits-dit": lambda: _dit("digits", heads=6, blocks=6, patch=2),  # 57 layers of 4.6 M weights
     "fashion-unet": _fashion_unet,
-    "fashion-dit": lambda: _dit(heads=5, blocks=11, size=32, patch=4),  # 102 layers of 5.9 M weights
+    "fashion-dit": lambda: _dit("fashion", heads=5, blocks=11, patch=4),  # 102 layers of 5.9 M weights
+    "emoji-dit": lambda: _dit("emoji", heads=4, blocks=8, patch=4),  # 75 layers of 2.8 M weights
 }

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.scheme import AquabitError
 from zoo.classifiers import CLASSIFIERS, train_classifier
 from zoo.data import DATA, Data
-from zoo.recipes import CLASSES, NULL_CLASS, RECIPES, Recipe, build
+from zoo.muon import Float32Muon
+from zoo.recipes import RECIPES, Recipe, build
 
 BUNDLED = Path(__file__).parents[1] / "aquabit" / "pipelines" / "bundled"
 CLASSIFIER = "classifier-"
@@ -123,7 +124,11 @@ def optimizers_of(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimize
         torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
     ]
     if hidden:
-        found.append(torch.optim.Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        found.append(
+            torch.optim.Muon(hidden, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            if recipe.bfloat16
+            else Float32Muon(hidden)
+        )
     return found
 
 
@@ -134,14 +139,15 @@ def training_loss(
     y: torch.Tensor,
     generator: torch.Generator,
     min_snr: float | None,
+    classes: int,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted noise or velocity at stratified timesteps; random numbers are
-    drawn on the CPU, whatever the device of ``x``."""
+    """Mean squared error of the predicted noise or velocity at stratified timesteps; label ``classes`` stands
+    for "no class". Random numbers are drawn on the CPU, whatever the device of ``x``."""
     n, device, total = len(x), x.device, scheduler.config.num_train_timesteps
     offset = torch.rand(n, generator=generator)
     t = ((torch.randperm(n, generator=generator) + offset) / n * total).long().to(device)
     noise = torch.randn(x.shape, generator=generator).to(device)
-    y = torch.where(torch.rand(n, generator=generator).to(device) < CLASS_DROPOUT, NULL_CLASS, y)
+    y = torch.where(torch.rand(n, generator=generator).to(device) < CLASS_DROPOUT, classes, y)
     prediction = model(scheduler.add_noise(x, noise, t), timestep=t, class_labels=y).sample.float()
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(x, noise, t) if velocity else noise
@@ -165,14 +171,15 @@ def train(training: Training, data: Data, compiled: bool) -> None:
     recipe, device = training.recipe, training.device
     model = torch.compile(training.model) if compiled else training.model
     scheduler, stopped = DDIMScheduler(**recipe.scheduler), []
+    classes = DATA[recipe.data].classes
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     started, losses = time.time(), []
     while training.step < recipe.steps:
         generator = torch.Generator().manual_seed(training.step)
-        batch = torch.randint(0, len(data.images), (recipe.batch,), generator=generator)
+        batch = data.drawn(recipe.batch, generator)
         x, y = data.pixels(data.images[batch]).to(device), data.labels[batch].to(device)
         with arithmetic(recipe, device), sdpa_kernel(SDPBackend.MATH):
-            loss = training_loss(model, scheduler, x, y, generator, recipe.min_snr)
+            loss = training_loss(model, scheduler, x, y, generator, recipe.min_snr, classes)
             loss.backward()
         training.update()
         losses.append(loss.item())
@@ -199,7 +206,7 @@ def export_denoiser(name: str, ema: dict[str, torch.Tensor], folder: Path) -> No
         "_diffusers_version": "0.42.1",
         "denoiser": ["diffusers", type(model).__name__],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "classes": CLASSES,
+        "classes": DATA[recipe.data].classes,
         "real_images": recipe.data,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -218,14 +225,14 @@ def train_denoiser(name: str, options: argparse.Namespace) -> None:
         training.load()
     elif options.start:
         training.start(options.start)
-    train(training, DATA[recipe.data](options.data), options.compile)
+    train(training, DATA[recipe.data].read(options.data), options.compile)
     export_denoiser(name, training.ema, options.out / name)
 
 
 def train_features(name: str, options: argparse.Namespace) -> None:
     """The classifier of ``classifier-NAME``."""
     of = name.removeprefix(CLASSIFIER)
-    accuracy = train_classifier(of, DATA[of](options.data), options.out / "real_images" / of)
+    accuracy = train_classifier(of, DATA[of].read(options.data), options.out / "real_images" / of)
     print(f"{name}: held-out accuracy {accuracy:.4f}")
 
 
@@ -237,7 +244,7 @@ def parsed() -> argparse.Namespace:
     add = parser.add_argument
     add("names", nargs="*", default=names, choices=names, metavar="NAME", help=", ".join(names))
     add("--checkpoints", type=Path, default=Path("zoo/checkpoints"), help="folder of what to resume from")
-    add("--data", type=Path, help="folder of Fashion-MNIST's files; default: where Debian installs them")
+    add("--data", type=Path, help="folder of the set's files; default: where its package is installed")
     add("--out", type=Path, default=BUNDLED, help="folder of the finished models")
     add("--start", type=Path, help="a safetensors file of weights to begin with, where no checkpoint is")
     add("--steps", type=int, help="how many to train in all; default: the recipe's")

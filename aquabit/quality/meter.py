@@ -15,6 +15,7 @@ from aquabit.quality.accumulator import ANY_NUMBERS, PAIRED, TEMPORAL, Quality, 
 from aquabit.quality.feature_statistics import KEPT, FeatureStatistics
 from aquabit.quality.features import METRICS_OF, WITHOUT_REAL, FeatureExtractor, unit_images
 from aquabit.quality.folder import ImageFolder, unreadable_note
+from aquabit.quality.real_images import ClassifierFeatures
 from aquabit.quality.reference import Reference, real_kinds
 from aquabit.quality.user_metrics import UserMetric
 from aquabit.scheme import AquabitError, Progress, digest, no_progress
@@ -94,6 +95,12 @@ def _absolute(text: str) -> str:
             " names)"
         )
     return f"{name}={Path(path).expanduser().absolute()}"
+
+
+def _channels(extractor: FeatureExtractor) -> int:
+    """In what a folder's pictures are read for it: a model's own takes what the model makes, others take
+    colour."""
+    return extractor.shape[0] if isinstance(extractor, ClassifierFeatures) else 3
 
 
 class QualityMeter:
@@ -213,10 +220,9 @@ class QualityMeter:
         found = {k: Reference.load(path) for k, path in paths.items()}
         if any(value is None for value in found.values()):
             missing = {k: e for k, e in extractors.items() if found[k] is None}
-            for channels, own in ((1, True), (3, False)):  # the model's own features are of grey images
-                wanted = {k: e for k, e in missing.items() if (k == OWN) == own}
-                if wanted:
-                    self._compute(wanted, paths, folder, size, channels, progress)
+            for channels in sorted({_channels(e) for e in missing.values()}):
+                wanted = {k: e for k, e in missing.items() if _channels(e) == channels}
+                self._compute(wanted, paths, folder, size, channels, progress)
             found = {k: value or Reference.load(paths[k]) for k, value in found.items()}
         for name, value in found.items():
             assert value is not None  # just written

@@ -76,7 +76,7 @@ def network(layers: list[list[Any]]) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class RealImages:
-    """One set, as its ``about.json`` has it: ``title`` says what it is; images are [n, *shape] of grey
+    """One set, as its ``about.json`` has it: ``title`` says what it is; images are [n, *shape] of
     levels 0..``levels``; ``layers`` are the classifier's."""
 
     folder: Path

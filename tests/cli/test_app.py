@@ -303,6 +303,7 @@ def test_inspect_and_models(folder) -> None:
     assert {m["name"]: m["trained_on"] for m in bundled} == {
         "digits-dit": "scikit-learn's digits",
         "digits-unet": "scikit-learn's digits",
+        "emoji-dit": "Google's emoji of Emoji 16.0",
         "fashion-dit": "Fashion-MNIST",
         "fashion-unet": "Fashion-MNIST",
     }

@@ -32,6 +32,7 @@ from aquabit.quality.pretrained import (
     folder_digest,
     tf_resize,
 )
+from aquabit.quality.real_images import ClassifierFeatures, real_images
 from aquabit.scheme import LOWER_IS_BETTER, AquabitError, Protocol
 from tests.conftest import tiny_pipeline
 from tests.quality import whole_sets
@@ -516,6 +517,19 @@ def test_reference_statistics_are_computed_once_and_follow_the_folder(real, tmp_
     damaged = next(tmp_path.glob("reference-*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:40])
     assert Reference.load(damaged) is None
+
+
+@pytest.mark.parametrize(("name", "channels"), [("digits", 1), ("emoji", 3)])
+def test_a_model_sees_pictures_in_the_channels_of_its_own(tmp_path, name: str, channels: int) -> None:
+    own = real_images(name).source()
+    assert isinstance(own.extractor, ClassifierFeatures)
+    side = own.extractor.shape[-1]
+    for i in range(5):
+        array = (pictures(1, i, 40)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+    found = QualityMeter(QualityOptions(str(tmp_path)), own, tmp_path).sources((side, side))[0].reference
+    batch = next(ImageFolder(tmp_path).batches((side, side), channels))
+    assert found is not None and np.array_equal(found.pooled, own.extractor(batch.float() / 255).pooled)
 
 
 def test_pictures_are_cropped_at_the_centre_and_resized(tmp_path) -> None:

@@ -46,31 +46,48 @@ NETWORKS = {
         nn.SiLU(),
         nn.Linear(64, 10),
     ),
+    "emoji": nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(64, 96, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(96, 128, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(128 * 4 * 4, 32),
+        nn.SiLU(),
+        nn.Linear(32, 9),
+    ),
 }
-FACTS = {  # shape of the held-out images, features, spatial features, accuracy at least
-    "digits": ((899, 1, 8, 8), 32, 64, 0.97),
-    "fashion": ((1000, 1, 32, 32), 64, 64, 0.9),
+# shape of the held-out images, features, spatial features, least images of a class; at least: accuracy,
+# inception score, FID and sFID of noise over those of halves
+FACTS = {
+    "digits": ((899, 1, 8, 8), 32, 64, [80] * 10, (0.97, 6, 20, 10)),
+    "fashion": ((1000, 1, 32, 32), 64, 64, [100] * 10, (0.9, 6, 20, 10)),
+    "emoji": ((288, 3, 32, 32), 32, 64, [32] * 9, (0.5, 3, 10, 5)),  # halves of 144 images are far apart
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_classifier_is_accurate_and_fid_tells_images_from_noise(name: str) -> None:
-    shape, pooled, spatial, accuracy = FACTS[name]
+    shape, pooled, spatial, least, (accuracy, score, apart, spatially_apart) = FACTS[name]
     found = real_images(name)
     images, labels = found.held_out()
     assert (images.shape, labels.shape) == (shape, shape[:1])
-    assert (images.min(), images.max()) == (0, 1) and labels.bincount().min() > 80
+    assert (images.min(), images.max()) == (0, 1) and (labels.bincount() >= torch.tensor(least)).all()
     noise = torch.rand((400, *shape[1:]), generator=torch.Generator().manual_seed(0))
     real, other = found.features(images), found.features(noise)
-    assert [v.shape for v in real] == [(len(images), n) for n in (pooled, spatial, 10)]
+    assert [v.shape for v in real] == [(len(images), n) for n in (pooled, spatial, len(least))]
     assert all(v.dtype == np.float32 for v in real)
     assert (real.spatial.std(0) > 0.01).mean() > 0.9  # no dead channels among the four
     assert dist.accuracy(real.logits, labels.numpy()) >= accuracy
-    # below 10 because the classifier learned with smoothed labels
-    assert whole_sets.inception_score(real.logits) > 6
+    # below the number of classes because the classifier learned with smoothed labels
+    assert whole_sets.inception_score(real.logits) > score
     halves = whole_sets.fid(real.pooled[::2], real.pooled[1::2])
-    assert whole_sets.fid(real.pooled, other.pooled) > 20 * halves
-    assert whole_sets.sfid(real.spatial, other.spatial) > 10 * whole_sets.sfid(
+    assert whole_sets.fid(real.pooled, other.pooled) > apart * halves
+    assert whole_sets.sfid(real.spatial, other.spatial) > spatially_apart * whole_sets.sfid(
         real.spatial[::2], real.spatial[1::2]
     )
     assert whole_sets.precision_recall(real.pooled[::2], real.pooled[1::2]) > (0.8, 0.8)

@@ -285,9 +285,9 @@ def test_loading_says_what_is_wrong(tmp_path) -> None:
         load(str(tmp_path))
 
 
-LAYERS = {"digits-dit": 57, "digits-unet": 51, "fashion-dit": 102, "fashion-unet": 91}
-# of 40 images, by a classifier that is right for 98 and 92 % of real ones
-RIGHT = {"digits": 0.9, "fashion": 0.75}
+LAYERS = {"digits-dit": 57, "digits-unet": 51, "emoji-dit": 75, "fashion-dit": 102, "fashion-unet": 91}
+# of 40 images, by a classifier that is right for 98, 92 and 53 % of real ones
+RIGHT = {"digits": 0.9, "fashion": 0.75, "emoji": 0.4}
 
 
 def test_every_bundled_model_is_tested() -> None:
@@ -304,7 +304,7 @@ def test_bundled_models_make_what_is_asked_for(name: str) -> None:
     source = adapter.reference()
     assert source is not None
     made = adapter.images(protocol, range(40))
-    right = (source.extractor(made).logits.argmax(1) == torch.arange(40).numpy() % 10).mean()
+    right = (source.extractor(made).logits.argmax(1) == torch.arange(40).numpy() % pipe.config.classes).mean()
     assert right >= RIGHT[pipe.config.real_images]
 
 
