@@ -614,3 +614,14 @@ def test_damaged_weights_raise() -> None:
         good, codes=torch.full_like(good.codes, 255)
     )  # codes beyond the table are cut, not followed
     assert decode_linear(x, high).isfinite().all()
+
+
+@levels
+@pytest.mark.parametrize("size", [(7, 7), (2, 15), (3, 31), (5, 15), (1, 33), (9, 47)], ids=str)
+def test_one_tap_at_any_size(size: tuple[int, int], level: str) -> None:
+    """Positions of one tap lie in blocks: a vector that began at each line would cross from one into the
+    next."""
+    weight, x = make((9, 12, 1, 1), USQ[1]), inputs(2, 12, *size)
+    for act in (8, 16):
+        y = convolved(x, arrange(weight), None, act=act, level=level)
+        assert error(y, conv64(x, weight, None, act, None)) <= (EXACT if act == 8 else FAST)

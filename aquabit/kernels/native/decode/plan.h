@@ -137,7 +137,8 @@ inline void lay_taps(const Convolution& c, bool apart, Layout* l) {
 
 // Where vectors of ``lanes`` positions start, in dwords of a plane, and where their results go.
 inline void lay_vectors(const Convolution& c, int64_t outputs, int64_t lanes, Layout* l) {
-    const auto [count, by_line] = vectors_of(c, l->columns, lanes);
+    const auto [count, fits_lines] = vectors_of(c, l->columns, lanes);
+    const bool by_line = fits_lines && !l->run_bytes;  // a vector lies in one block, and that of a line might begin inside one
     const int64_t in_line = ceil_divide(c.out_width, lanes);
     l->first_span.push_back(0);
     for (int64_t n = 0; n < c.samples; ++n)
