@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {*VALUES, "graph"},
     "quant": {*VALUES, "graph", "kernels"},
     "pipelines": {*VALUES, "graph", "kernels", "quality", "quant"},
-    "exports": {*VALUES, "graph", "kernels", "quant"},
+    "exports": {*VALUES, "graph", "kernels", "quant", "targets"},  # what a program takes is said there once
     "packing": {*VALUES, "graph", "kernels", "quality", "memory", "quant", "pipelines"},
     "measuring": MODELS,
     "sensitivity": {*MODELS, "measuring"},

@@ -2,7 +2,8 @@
 
 tests/data/old is the work of `aquabit run model --out whole --samples 24 --flips 6 --bits 5 --images 6
 --steps 2` on a DiT of one block with random weights (most thumbnails are left out), of `explain` and `status`
-with `--json`, and of `generate packed --images 4 --steps 2 --seed 3`.
+with `--json`, and of `generate packed --images 4 --steps 2 --seed 3`. `explained.json` alone is of a later
+surrogate (a line in the summed damages with trees on top): what it says of the same measurements.
 """
 
 from __future__ import annotations
