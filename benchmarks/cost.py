@@ -498,7 +498,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def keep(part: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write them beside what the other parts found, on whatever machine that was."""
-    whole = read(RESULTS / "cost.json") | {section_of(part): {"machine": machine(), "rows": rows}}
+    whole = read(RESULTS / "cost.json") | {part: {"machine": machine(), "rows": rows}}
     write(RESULTS / "cost.json", whole)
     (RESULTS / "cost.md").write_text(table(whole))
 
@@ -527,7 +527,7 @@ def main() -> None:
         keep("wanted", [r for model in given.models for r in wanted(given.folder, model, given.bits)])
     if "packed" in given.parts:
         torch.set_num_threads(1)
-        keep("packed", [r for model in given.models for r in packed(given.folder, model)])
+        keep(section_of("packed"), [r for model in given.models for r in packed(given.folder, model)])
     if "layers" in given.parts:
         torch.set_num_threads(1)
         keep("layers", [r for model in given.models for r in layers(given.folder, model, given.every)])

@@ -26,12 +26,12 @@ class Surrogate(Estimator):
     ``for_model`` takes the one column SUM where the encoder has probes: the ridge is then a line in the
     logarithm of the summed damages, which is right where layers add up, and what they do together is left to
     the trees. Trees alone step over what a small layer does. Without probes it takes half a ridge of all
-    columns. The trees learn what the ridge misses of rows that it was not
-    fitted on (its leave-one-out residuals), since residuals of an overfitted ridge hold nothing to learn.
+    columns. The trees learn what the ridge misses of rows that it was not fitted on (its leave-one-out
+    residuals), since residuals of an overfitted ridge hold nothing to learn.
     ``members`` boosters of different seeds are averaged. 32 ``bins`` are five times faster than 256 and as
     good, since a layer has ten schemes. ``monotone``: no prediction improves where a weight
-    error, a damage, or lower activation bits rise; a ridge of all columns is then left out,
-    and ``names`` must say what the columns are (``for_model`` does). Deterministic, one thread.
+    error, a damage, or lower activation bits rise; a ridge of all columns is then left
+    out, and ``names`` must say what the columns are (``for_model`` does). Deterministic, one thread.
     """
 
     def __init__(
@@ -59,8 +59,9 @@ class Surrogate(Estimator):
 
     @classmethod
     def for_model(cls, encoder: Encoder, **parameters: Any) -> Self:
-        names = tuple(encoder.columns)
-        line = {"linear": 1.0, "base": (names.index(SUM),)} if SUM in names else {}
+        names, line = tuple(encoder.columns), dict[str, Any]()
+        if encoder.probed:  # of one layer alone there is no sum
+            line = {"linear": 1.0, "base": (names.index(SUM if SUM in names else "damage:roots"),)}
         return cls(**{"names": names, **line, **parameters})
 
     def features(self, encoder: Encoder, choices: Choices) -> np.ndarray:
