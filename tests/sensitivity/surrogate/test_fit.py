@@ -13,7 +13,7 @@ from sklearn.base import clone
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.sensitivity.features import Encoder
+from aquabit.sensitivity.features import SKETCH, Encoder
 from aquabit.sensitivity.surrogate import scores
 from aquabit.sensitivity.surrogate.estimators import AverageBits, Surrogate
 from aquabit.sensitivity.surrogate.fit import cross_validate, fit_from_study, fold_numbers
@@ -322,7 +322,18 @@ def test_space_of_one_layer_is_served() -> None:
     graph = nx.DiGraph(other_elements=0)
     graph.add_node("only", kind="linear", operator="q", block="b", depth=0, shape=(8, 8), macs=64)
     space: SearchSpace = make_space(graph, "f" * 16, schemes=SCHEMES)
-    encoder = Encoder(space, graph, {("only", str(s)): 4.0**-s.bits for s in space.schemes[1:]})
+    errors = {("only", str(s)): 4.0**-s.bits for s in space.schemes[1:]}
+    probes = {
+        ("only", k): {"damage": v, "sketch": [0.0] * SKETCH}
+        for k, v in {
+            **{str(s): errors["only", str(s)] for s in space.schemes[1:]},
+            "a6": 0.1,
+            "a8": 0.0,
+        }.items()
+    }
+    assert Surrogate.for_model(Encoder(space, graph, errors, probes)).base is not None
+    encoder = Encoder(space, graph, errors)
+    assert Surrogate.for_model(encoder).base is None
     weights = 1 + np.arange(30)[:, None] % (len(space.schemes) - 1)
     rows = Choices.at(space, weights, 8)
     y = 1 + encoder.error[0, weights[:, 0]]
