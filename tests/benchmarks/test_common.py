@@ -22,6 +22,7 @@ from tests.conftest import tiny_pipeline
 TABLES = {
     "activations": "markdown",
     "additive": "markdown",
+    "comfyui": "markdown",
     "correction": "markdown",
     "effects": "table",
     "export_files": "markdown",
