@@ -39,7 +39,7 @@ from aquabit.scheme import (
 )
 from aquabit.scheme_kinds import KINDS
 from aquabit.target_choices import check_pins, fused, held, rounded
-from aquabit.targets import target_named
+from aquabit.targets import WEIGHTS_ONLY, target_named
 from aquabit.tied_groups import Groups
 from aquabit.ties import Tied, common_choices, find_ties
 
@@ -500,14 +500,15 @@ def narrowed(space: SearchSpace, graph: nx.DiGraph, target: str | None) -> Searc
         )
     nodes, model_class = graph_layers(graph), str(graph.graph.get("model_class"))
     excluded = {k for k, row in space.choices.items() if row == (FP,)}
-    choices = held(goal, nodes, space.choices, model_class, excluded)
+    known = [a for a in goal.activations if a in space.activations]
+    choices = held(goal, nodes, space.choices, model_class, excluded, ())
+    plain = any(goal.beside(s, 16) is None for row in choices.values() for s in row if s != FP)
+    first = WEIGHTS_ONLY if plain or not known else tuple(known)  # what every scheme must go with
+    choices = held(goal, nodes, choices, model_class, excluded, first)
     choices, groups = fused(goal, model_class, choices, space.tied)
-    every = {s for row in choices.values() for s in row}
-    kept = tuple(
-        a
-        for a in goal.activations
-        if a == 16 or (a in space.activations and all(goal.beside(s, a) is None for s in every))
-    )
+    every = {s for row in choices.values() for s in row if s != FP}
+    more = (a for a in known if all(goal.beside(s, a) is None for s in every))
+    kept = tuple(dict.fromkeys((*first, *more)))
     choices = common_choices(choices, groups)
     return replace(space, choices=choices, activations=kept, tied=groups, target=goal.name)
 

@@ -61,9 +61,7 @@ class Target:
         return why or scheme.refuses(tuple(node["shape"]))
 
     def beside(self, scheme: Scheme, act: Rounding) -> str | None:
-        """Why inputs that are rounded so cannot meet a scheme there; None where they can."""
-        if act == 16:
-            return None
+        """Why inputs that are rounded so (16: not at all) cannot meet a scheme there; None where they can."""
         if act not in self.activations:
             return f"{self.name} has no {act_text(act)}"
         return self.pairs(scheme, act)
@@ -220,8 +218,8 @@ def _comfy(scheme: Scheme, node: Node) -> str | None:
     comfy/quant_ops.py, QUANT_ALGOS (float8_e4m3fn with one scale a tensor; nvfp4 in groups of 16 under e4m3
     scales and one float32, both sides multiples of 16; mxfp8, of 32; int8 with a scale for each row), decoded
     by comfy-kitchen 0.2.40. With ``full_precision_matrix_mult`` activations stay
-    as they are; else those of int8 are rounded per token as ``i8`` (comfy_kitchen/tensor/int8.py and
-    backends/eager/quantization.py, quantize_int8_rowwise), and those of fp8 under one scale of all tokens."""
+    as they are, but for int8 (``_comfy_pairs``); else those of fp8 are rounded under one scale of all
+    tokens."""
     why = _forms("ComfyUI", scheme, ["fp8", "nvfp4", "mxfp8", "int8"]) or _linear_only(node, "ComfyUI")
     if why is None and scheme.kind == "fp8" and scheme.per_channel:
         return "ComfyUI's fp8 has one scale a tensor"
@@ -246,7 +244,12 @@ def _torchao_pairs(scheme: Scheme, act: Rounding) -> str | None:
 
 
 def _comfy_pairs(scheme: Scheme, act: Rounding) -> str | None:
-    """Source: that of ``_comfy``."""
+    """Source: comfy_kitchen/tensor/int8.py: an int8 weight rounds its inputs per token, as ``i8``
+    (backends/eager/quantization.py, quantize_int8_rowwise); ComfyUI 0.29.0, comfy/ops.py, cast_bias_weight,
+    decodes it before, whatever the file says, only where it computes in another type than that of the file's
+    other tensors (text encoders)."""
+    if act == 16:
+        return "ComfyUI rounds the inputs of int8 layers: give it i8" if scheme.kind == "int" else None
     return None if scheme.kind == "int" else "ComfyUI multiplies inputs in int8 by int8 weights"
 
 

@@ -2,8 +2,8 @@
 --comfyui DIR [--python PATH] [--folder DIR]
 
 run        a small Flux and a T5 with as many blocks, and as wide inside, as the one by which ComfyUI tells
-           XXL: each layer at one of ComfyUI's formats in turn, exported; what ComfyUI's loader makes of the
-           file: numbers that differ from ours, and outputs
+           XXL: each layer at one of ComfyUI's formats in turn, int8 of Flux at i8, exported; what ComfyUI's
+           loader makes of the file: numbers that differ from ours, and outputs
 DIR is a clone of ComfyUI; the Python (default: this one) has what it imports to load a model: comfy-kitchen,
 comfy-aimdo, einops, transformers. Results: benchmarks/results/comfyui.json and comfyui.md.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from aquabit.exports import comfy
 from aquabit.exports.exported import Exported
 from aquabit.graph import layers, trace
+from aquabit.kernels.fake_quant import fake_quantize
 from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
-from aquabit.scheme import LayerChoice, QuantConfig, Scheme
+from aquabit.scheme import LayerChoice, QuantConfig, Rounding, Scheme
 from aquabit.targets import COMFY
 from benchmarks.common import about, parsed, parser, write_results
 
@@ -33,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 SCHEMES = ("int8", "nvfp4", "fp8", "mxfp8")
 SEED = 20_261_202
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 10240, "num_heads": 2, "num_layers": 24, "vocab_size": 32128}
+ENCODER = "T5EncoderModel"
 IDS = torch.arange(12).reshape(2, 6) + 100
 
 
@@ -94,11 +97,17 @@ def exported(net: Any, graph: Any) -> Exported:
         for step in range(len(SCHEMES)):
             scheme = Scheme.parse("int8" if name in together else SCHEMES[(turn + step) % len(SCHEMES)])
             if COMFY.refusal(scheme, name, node, own) is None:
-                choices[name], turn = LayerChoice(scheme), turn + step + 1
+                act: Rounding = "i8" if scheme.kind == "int" and own != ENCODER else 16  # as ComfyUI has it
+                choices[name], turn = LayerChoice(scheme, act), turn + step + 1
                 break
     state = net.state_dict()
     weights = {n: quantize_weight(state[f"{n}.weight"].float(), c.weight) for n, c in choices.items()}
     return Exported(net, QuantConfig(fingerprint(net), choices), graph, weights)
+
+
+def rounded(act: Rounding, layer: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A layer's inputs as it takes them."""
+    return fake_quantize(args[0], act), *args[1:]
 
 
 def run(folder: Path, python: Path, comfyui: Path) -> list[dict[str, Any]]:
@@ -115,6 +124,8 @@ def run(folder: Path, python: Path, comfyui: Path) -> list[dict[str, Any]]:
         comfy.check(one)
         out.unlink(missing_ok=True)
         said = comfy.write(one, out)
+        for layer, choice in one.config.layers.items():
+            net.get_submodule(layer).register_forward_pre_hook(partial(rounded, choice.act))
         decoded = {layer: weight.dequantize() for layer, weight in one.weights.items()}
         net.load_state_dict({f"{layer}.weight": w for layer, w in decoded.items()}, strict=False)
         rows_of = {f"rows.{place}": rows for place, rows in placed(net, decoded).items()}
@@ -148,7 +159,8 @@ def placed(net: Any, decoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Files for ComfyUI, loaded by ComfyUI\n",
-        f"`{found['command']}` on {about(found['machine'])}. Every layer at one of ComfyUI's formats in turn;"
+        f"`{found['command']}` on {about(found['machine'])}. Every layer at one of ComfyUI's formats in turn,"
+        " int8 of Flux with inputs at i8;"
         " the file read by ComfyUI's own loader on a CPU, which recognizes the model by names and sizes."
         " Numbers of the decoded weights (in float32) that differ from ours; the largest difference of its"
         " outputs beside those of diffusers and transformers with our weights, of the largest output. What it"

@@ -107,15 +107,16 @@ def test_a_space_offers_what_its_target_holds(target: str) -> None:
     graph, goal = model(), TARGETS[target]
     space, nodes = make_space(graph, "f", "made", target=target), graph_layers(graph)
     assert space.target == target and space.activations == (16,)
+    own = [s for s in map(Scheme.parse, goal.schemes) if goal.beside(s, 16) is None]
     for name, row in space.choices.items():
-        held = [s for s in map(Scheme.parse, goal.schemes) if refusal(target, str(s), nodes[name]) is None]
+        held = [s for s in own if refusal(target, str(s), nodes[name]) is None]
         assert row == (FP, *held), name
     CostModel(graph, space)  # what a layer cannot store has no size
     for config in space.sample(20):
         space.check(config)
         assert all(choice.act == 16 for choice in config.layers.values())
     assert all(space.choices[k] == (FP,) for k in goal.on(nodes, "Made").dense)
-    assert space.choices["wide"] == (FP, *map(Scheme.parse, goal.schemes))
+    assert space.choices["wide"] == (FP, *own)
 
 
 def test_every_target_keeps_something_dense_or_says_nothing() -> None:
@@ -161,7 +162,10 @@ def offered(target: str, *activations: Rounding, schemes: list[str] | None = Non
 def test_schemes_go_with_all_activations_that_a_space_of_a_target_has() -> None:
     assert offered("torchao", "i8")["wide"] == ["int8h"] == offered("torchao", 16, "i8")["wide"]
     assert offered("torchao", "f8")["wide"] == ["fp8ch"]
-    assert offered("comfy", "i8")["wide"] == ["int8h"] and offered("comfy", 16)["wide"][0] == "fp"
+    assert offered("comfy", "i8")["wide"] == ["int8h"]
+    assert offered("comfy", 16)["wide"] == ["fp", "nvfp4h", "mxfp8h", "fp8h"], "ComfyUI rounds int8's inputs"
+    with pytest.raises(AquabitError, match=r"no layer can hold for comfy any of int8h .*rounds the inputs"):
+        offered("comfy", 16, schemes=["int8h"])
     assert offered("torchao", "i8")["conv"] == ["fp"], "what can hold nothing keeps its inputs as they are"
     assert offered("modelopt", "f8", "i8")["wide"] == ["fp", *TARGETS["modelopt"].schemes], "any with any"
     with pytest.raises(AquabitError, match="int8 weights with a scale for each output"):
@@ -182,6 +186,11 @@ def test_a_studys_activations_stay_where_they_go_with_all_that_is_left() -> None
     wide = make_space(both, "f", schemes=["int8h", "usq4h"], activations=[8, "i8", "f8"])
     assert narrowed(wide, both, "torchao").activations == (16, "i8")
     assert narrowed(wide, both, "modelopt").activations == (16, "i8", "f8")
+    assert narrowed(wide, both, "comfy").activations == ("i8",), "ComfyUI's int8 has no a16"
+    assert narrowed(wide, both, "comfy").choices["a"] == (Scheme.parse("int8h"),)
+    more = make_space(both, "f", schemes=["int8h", "mxfp8h"], activations=[16, "i8"])
+    assert narrowed(more, both, "comfy").activations == (16,)
+    assert narrowed(more, both, "comfy").choices["a"] == (Scheme.parse("mxfp8h"),)
     wide = make_space(both, "f", schemes=["int8h", "int4g32"], activations=[8, "i8"])
     assert narrowed(wide, both, "torchao").activations == (16,), "int4g32 goes with a16 alone"
 

@@ -4,7 +4,8 @@ A layer's weight holds codes, ``weight_scale`` beside it the scales, ``weight_sc
 nvfp4 (ComfyUI's QUANTIZATION.md; comfy-kitchen, which decodes them, 0.2.40). fp8 has one scale for a tensor,
 int8 one for each output, nvfp4 and mxfp8 those of blocks in the order in which tensor cores take them. Layers
 whose inputs are at 16 bits here are marked ``full_precision_matrix_mult``: the others ComfyUI rounds, by its
-own ranges; of text encoders it rounds none. Names are those of ``comfy_names``.
+own ranges; of text encoders it rounds none. Those of int8 it rounds per token, as "i8", marked or not, where
+it computes in the type of the other tensors. Names are those of ``comfy_names``.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def write(exported: Exported, out: Path) -> list[str]:
     found = [f"{len(tensors)} tensors, with {plan.said}: {listed}"]
     if plan.is_encoder:
         found += _of_encoder(exported)
+    else:
+        found += _rounded_there(exported)
     return [*found, *lost_beside_weights(exported.config)]
 
 
@@ -129,8 +132,23 @@ def _of_encoder(exported: Exported) -> list[str]:
         )
     rounded = sum(c.act in ("i8", "f8") for c in exported.config.layers.values())
     if rounded:
-        found.append(f"inputs of {rounded} layers are rounded here, and not by ComfyUI in text encoders")
+        found.append(
+            f"inputs of {rounded} layers are rounded here, and by ComfyUI's text encoders only where they"
+            " compute in the type of the file's other tensors"
+        )
     return found
+
+
+def _rounded_there(exported: Exported) -> list[str]:
+    """What is to be said of int8 layers whose inputs are not rounded here."""
+    chosen = exported.config.layers.values()
+    plain = sum(format_of(c.weight) == FORMATS["int8"] and c.act == 16 for c in chosen)
+    if not plain:
+        return []
+    return [
+        f"ComfyUI rounds the inputs of int8 layers to int8 per token, which those of {plain} layers are not"
+        ' here: measure with --target comfy and the activations "i8"'
+    ]
 
 
 def _joined(rows: Sequence[Tensor], swapped: bool) -> Tensor:

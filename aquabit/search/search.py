@@ -103,7 +103,7 @@ class Search:
         rows = config.layers.items()
         return goal is None or all(
             goal.refusal(c.weight, k, nodes[k], model) is None
-            and all(goal.beside(c.weight, act) is None for act in act_parts(c.act))
+            and all(act == 16 or goal.beside(c.weight, act) is None for act in act_parts(c.act))
             for k, c in rows
         )
 

@@ -132,6 +132,17 @@ def test_inputs_at_i8_are_rounded_as_comfyui_rounds_them(tmp_path: Path) -> None
         check_activations(wrong, TARGETS["comfy"].beside)
 
 
+@pytest.mark.parametrize(("act", "told"), [(16, True), ("i8", False)])
+def test_int8_whose_inputs_are_not_rounded_is_told_of(act: Rounding, told: bool, tmp_path: Path) -> None:
+    """ComfyUI rounds the inputs of int8 layers whatever the file says, and of others as it says."""
+    made = uniform(small_dit(), lambda name, shape: "int8" if "ff" in name else "mxfp8")
+    own = {k: replace(c, act=act) if "ff" in k else c for k, c in made.config.layers.items()}
+    exported = replace(made, config=replace(made.config, layers=own))
+    said = [text for text in write(exported, tmp_path / "f.safetensors") if "ComfyUI rounds" in text]
+    assert len(said) == told
+    assert not told or f"which those of {sum('ff' in k for k in own)} layers are not here" in said[0]
+
+
 def eights(block: bool) -> Callable[[str, tuple[int, ...]], str]:
     """int8 everywhere, or mxfp8 wherever it fits."""
     return lambda _, shape: "mxfp8" if block and not any(size % 32 for size in shape) else "int8"

@@ -236,7 +236,7 @@ def test_what_comfyui_wants_beside_weights_is_said(tmp_path: Path) -> None:
     made = case(net, lambda i, name, shape: "int8", "i8", again=again, graph=trace_network(net, CALL))
     said = comfy.write(made.exported, tmp_path / "umt5.safetensors")
     assert "from the tensor spiece_model of the file, which is not written" in said[1]
-    assert said[2].startswith("inputs of 7 layers are rounded here, and not by ComfyUI")
+    assert said[2].startswith("inputs of 7 layers are rounded here, and by ComfyUI's text encoders only")
 
 
 def test_a_gguf_file_has_the_names_of_llama_cpp(tmp_path: Path) -> None:
