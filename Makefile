@@ -52,8 +52,8 @@ docs:
 sanitize: $(INSTALLED)
 	test -d $(BUILD_TOOLS)/nanobind || $(BIN)/python -m pip install $(PIP_FLAGS) --target $(BUILD_TOOLS) cmake nanobind
 	PYTHONPATH=$(BUILD_TOOLS) $(BIN)/python -m cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-		-DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS="$(SANITIZERS)"
-	PYTHONPATH=$(BUILD_TOOLS) $(BIN)/python -m cmake --build $(SANITIZED)/cmake
+		-DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DAQUABIT_OPTIMIZE=-O1 -DCMAKE_CXX_FLAGS="$(SANITIZERS)"
+	PYTHONPATH=$(BUILD_TOOLS) $(BIN)/python -m cmake --build $(SANITIZED)/cmake --parallel 2
 	rm -rf $(SANITIZED)/tree && mkdir $(SANITIZED)/tree
 	cp -R aquabit tests pyproject.toml $(SANITIZED)/tree
 	rm -f $(SANITIZED)/tree/aquabit/kernels/_native*
