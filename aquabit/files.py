@@ -146,6 +146,33 @@ def check_apart(out: str | Path, source: str | Path, *, inside: bool = True) -> 
         )
 
 
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+    """Raise AquabitError where a file, or a ``folder`` with those above it, could not be written: before work
+    is done whose result would be lost."""
+    why = None
+    try:
+        target = Path(os.path.realpath(path))
+        mode = _mode(target)
+    except OSError as error:
+        raise AquabitError(f"{path} could not be written: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AquabitError(f"{str(path)!r} is no name of a file ({error})") from error
+    special = mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    place = target if special or (folder and mode is not None) else target.parent
+    while folder and not place.exists():
+        place = place.parent
+    if not folder and mode is not None and stat.S_ISDIR(mode):
+        why = "it is a folder; name a file"
+    elif not special and place.exists() and not place.is_dir():
+        why = f"{place} is a file; name another folder"
+    elif not place.exists():
+        why = f"there is no folder {place}; make it first"
+    elif not os.access(place, os.W_OK):
+        why = f"{place} may not be written to"
+    if why is not None:
+        raise AquabitError(f"{path} could not be written: {why}")
+
+
 def _part(folder: Path, name: str) -> Path:
     """Where what is to be ``name`` is written meanwhile."""
     return folder / f".{name[:100]}.{os.getpid()}-{secrets.token_hex(4)}{PART}"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aquabit.files import check_apart, follow_umask, write_text, writing_folder
-from aquabit.graph import LayerGraph, repeated_names
+from aquabit.graph import LayerGraph, layers, repeated_names
 from aquabit.inputs import Inputs, read_inputs
 from aquabit.jsonio import read_json
 from aquabit.kernels import Accuracy
@@ -301,6 +301,7 @@ def _copied(
     source = load(pipe, device)
     own = check_fingerprint(config, network_of(source))
     graph = trace(source)
+    config.check_shapes(layers(graph))
     if device == "cpu":
         check_quantizing(graph, config, calibration_samples(source, config.calibration or Calibration()))
     if not isinstance(pipe, str):  # what is followed is not the caller's

@@ -177,6 +177,14 @@ class QuantConfig:
         choice = LayerChoice(Scheme.parse(weight), self[layer].act if act is None else act, codebook)
         return replace(self, layers={**self.layers, layer: choice}, steps=self.steps or steps)
 
+    def check_shapes(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise AquabitError for a layer whose weight cannot be stored at its scheme; ``nodes`` are those of
+        a graph's layers."""
+        for name, choice in self.layers.items():
+            why = choice.weight.refuses(tuple(nodes[name]["shape"])) if name in nodes else None
+            if why is not None:
+                raise AquabitError(f"layer {name!r} cannot be {choice.weight}: {why}")
+
     def to_dict(self) -> dict[str, Any]:
         """The value of ``config.json``."""
         layers = {

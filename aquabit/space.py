@@ -436,7 +436,8 @@ def make_space(
     (``formats``, a table as ``formats.FORMATS``) at each of ``levels`` code bits; levels are given by default
     where schemes are not. By default every layer may also stay ``fp``, so that any budget up to 16 bits can
     be used, and one whose bytes hardly count (TINY) takes 8 bits instead of additive formats: at most eight
-    schemes are fitted to a layer. A scheme that shares codebooks is left out for layers that have no partner.
+    schemes are fitted to a layer. A scheme that shares codebooks is left out for layers that have no partner,
+    and any for layers whose shape cannot be stored so (groups that do not divide a row).
     ``calibration``: what H, and the noise that ``correction`` (as "cnc+bc") takes away, are measured on
     (default: ``Calibration()``). ``step_groups``: {"total": steps, "starts": [0, ...]}, groups of steps
     between which activation bits may change. ``tied``: lists of patterns; layers that match one list, with
@@ -447,6 +448,11 @@ def make_space(
     nodes, goal = graph_layers(graph), target_named(target)
     pins = _matching(pinned or {}, list(nodes), "pinned")
     out = {*_matching(excluded, list(nodes), "excluded"), *fixed_layers(graph)}
+    if nodes and len(out) == len(nodes):
+        raise AquabitError(
+            f"every layer is excluded ({', '.join(excluded) or 'none can run from codes'}), and none is left"
+            " to quantize; exclude fewer"
+        )
     partners = codebook_names(graph)
     if goal is not None and schemes is None and levels is None and formats is None:
         choices = dict.fromkeys(nodes, (FP, *map(Scheme.parse, goal.schemes)))
@@ -457,7 +463,7 @@ def make_space(
     if goal is not None:
         choices = held(goal, nodes, choices, model_class, out, acts)
         check_pins(goal, nodes, pins, pinned or {}, model_class, acts)
-    choices |= {name: (Scheme.parse((pinned or {})[pattern]),) for name, pattern in pins.items()}
+    choices |= _pinned(nodes, {name: Scheme.parse((pinned or {})[pattern]) for name, pattern in pins.items()})
     choices |= dict.fromkeys(out, (FP,))
     for name, row in choices.items():
         if not row:
@@ -531,12 +537,24 @@ def _offered(
     for name, node in nodes.items():
         operator, shape = node["operator"], tuple(node["shape"])
         additive = layer_formats(operator, shape, chosen, sharers.get(partners.get(name, ""), 1), formats)
-        offered = [s for s in (*plain, *additive) if name in partners or not s.shared]
+        plain_here = [s for s in plain if s.refuses(shape) is None]
+        offered = [s for s in (*plain_here, *additive) if name in partners or not s.shared]
         if schemes is None:
             tiny = levels is None and int(np.prod(shape)) < TINY * weights
             offered = [FP, *(map(Scheme.parse, TINY_SCHEMES) if tiny else offered)]
         choices[name] = tuple(dict.fromkeys(offered))
     return choices
+
+
+def _pinned(
+    nodes: Mapping[str, Mapping[str, Any]], pins: Mapping[str, Scheme]
+) -> dict[str, tuple[Scheme, ...]]:
+    """The choice of each pinned layer; raises AquabitError for one that cannot be stored so."""
+    for name, scheme in pins.items():
+        why = scheme.refuses(tuple(nodes[name]["shape"]))
+        if why is not None:
+            raise AquabitError(f"layer {name!r} is pinned to {scheme}, which cannot hold it: {why}")
+    return {name: (scheme,) for name, scheme in pins.items()}
 
 
 def read_groups(value: Any, source: str) -> StepGroups | None:

@@ -119,15 +119,22 @@ class Study:
             )
         if not self.path.parent.is_dir():
             raise AquabitError(f"the folder {self.path.parent} of the study does not exist")
+        if self.path.is_dir():
+            raise AquabitError(f"{self.path} is a folder; name the file of a study")
         self._nesting = 0
         self._after: int | None = None  # see ``hide_after``
         self._asked: dict[tuple[str, str], int] = {}
         with _clear_errors(self.path):
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=10)
-            self._open()
+            self._open(create)
 
-    def _open(self) -> None:
+    def _open(self, create: bool) -> None:
         if self._db.execute("PRAGMA schema_version").fetchone()[0] == 0:
+            if not create:  # an empty file is a database without tables: reading makes no study of it
+                raise AquabitError(
+                    f"{self.path} is empty, and no study: it may be truncated; restore a copy, or start one"
+                    f" by `aquabit measure MODEL --study {self.path}`"
+                )
             self._db.execute("BEGIN IMMEDIATE")
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody was faster
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -538,25 +545,28 @@ class Merged(NamedTuple):
     differing: int
 
 
-def merge(sources: Sequence[Study], out: Study) -> Merged:
-    """Copy everything that was measured in ``sources`` into ``out``, in one transaction; of what several
-    hold, the first stays (of features the one that says more).
+def merge(sources: Sequence[Study], out: Study | str | Path) -> Merged:
+    """Copy everything that was measured in ``sources`` into ``out`` (a study, or where one is or is to be),
+    in one transaction; of what several hold, the first stays (of features the one that says more).
 
     Rows of the sources take turns, so that shards given in order come out in the order of a run in one piece.
     Raises AquabitError, before anything is written, where a source is empty, or of another model, space or
     protocol than the first one or ``out``.
     """
+    if not isinstance(out, Study) and Path(out).exists():
+        out = Study(out)
     facts = [
         {k: s.need(k, "it is empty: measure into it first") for k in ("model", "fingerprint", "space")}
         | {"fits": s.fits}
         for s in sources
     ]
-    bound = [s for s in (out, *sources) if "fingerprint" in s]
+    bound = [s for s in (*([out] if isinstance(out, Study) else []), *sources) if "fingerprint" in s]
     for source, own in zip(sources, facts, strict=True):
         try:
             bound[0].check(**own, protocol=source.protocol)
         except AquabitError as error:
             raise AquabitError(f"{source.path} cannot be joined: {error}") from error
+    out = out if isinstance(out, Study) else Study(out)  # made when nothing is wrong
     before = _numbers(out)
     measured = [_numbers(s) for s in (*([out] if before else []), *sources)]
     with out.writing():

@@ -36,7 +36,8 @@ def held(
         raise AquabitError(
             f"no layer can hold for {goal.name} any of {', '.join(map(str, schemes))}"
             f" ({next(iter(why.values()), 'all are excluded')}); its own schemes are"
-            f" {', '.join(goal.schemes)}: measure with --target {goal.name}"
+            f" {', '.join(goal.schemes)}: measure with --target {goal.name} and no schemes, levels or formats"
+            " of other programs"
         )
     return found
 

@@ -16,6 +16,9 @@ from typing import Any
 
 from aquabit.errors import AquabitError
 
+# what code of the user's raises: SystemExit, too, by which a script ends (sys.exit, argparse)
+FAILURES = (Exception, SystemExit)
+
 
 def names_function(text: str) -> bool:
     """Whether a text has the form ``module:function`` (``package.module:function``), and is no file."""
@@ -108,9 +111,11 @@ def named_function(name: str, what: str) -> tuple[Callable[..., Any], ModuleType
     search_in(str(Path.cwd()))
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the user's module does
+    except FAILURES as error:  # whatever the user's module does
+        ends = isinstance(error, SystemExit)
+        how = '; what ends the program belongs behind if __name__ == "__main__"' if ends else ""
         raise AquabitError(
-            f"module {module!r} of {what} {name!r} cannot be imported ({type(error).__name__}: {error})"
+            f"module {module!r} of {what} {name!r} cannot be imported ({type(error).__name__}: {error}){how}"
         ) from error
     called: Any = getattr(found, function, None)
     if not callable(called):

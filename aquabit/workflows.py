@@ -16,8 +16,8 @@ from torch import nn
 from aquabit.budget import OTHERS
 from aquabit.exports import WRITERS, check_known
 from aquabit.exports.exported import Exported, check_activations, check_layers, each_network, place_of
-from aquabit.files import check_apart, write_bytes
-from aquabit.graph import LayerGraph
+from aquabit.files import check_apart, check_writable, write_bytes
+from aquabit.graph import LayerGraph, layers
 from aquabit.jsonio import write_json
 from aquabit.measuring.session import Session, open_session, target_notes
 from aquabit.measuring.settings import MeasureOptions, check_target
@@ -317,7 +317,16 @@ def _check(session: Session, options: SearchOptions) -> None:
                 f"{name} is fine-tuned, and the search compares configurations as they are fitted; give it"
                 " without tuning"
             )
-        session.space.check(config, extra_schemes=True)
+        try:
+            _check_config(session, config)
+        except AquabitError as error:
+            raise AquabitError(f"{name}: {error}") from error
+
+
+def _check_config(session: Session, config: QuantConfig) -> None:
+    """Raise AquabitError for a configuration that a session cannot measure."""
+    session.space.check(config, extra_schemes=True)
+    config.check_shapes(layers(session.model.graph))
 
 
 def run(
@@ -646,7 +655,7 @@ def _measure_in(
     if configs is not None or not sample.adaptive:
         every = draw(session, sample.design, samples, sample.seed) if configs is None else configs
         for config in every:
-            session.space.check(config, extra_schemes=True)
+            _check_config(session, config)
         drawn = shard_of(every, sample.shard)
     asked = {c.digest for c in (*session.first(), *(drawn or ()))} - before
     missing = len(asked)
@@ -685,6 +694,7 @@ def export_files(
     for source in sources_of(pipe):
         check_apart(out, source)
     writer = WRITERS[to]
+    check_writable(out, folder=writer.folder)
 
     def check(network: nn.Module, graph: LayerGraph) -> None:
         check_layers(config, graph)

@@ -12,6 +12,7 @@ import torch
 from aquabit import workflows
 from aquabit.exports import RECIPES, WRITERS, check_known
 from aquabit.exports.files import Exported, Writer
+from aquabit.packing import quantize
 from aquabit.pipelines import network_of, trace
 from aquabit.quant.model import fingerprint
 from aquabit.quant.weights import quantize_weight
@@ -70,6 +71,10 @@ def test_what_is_wrong_is_said_before_anything_is_fitted(
     refused(good, "quanto", "quanto gets a configuration, not files")
     refused(QuantConfig("other", good.layers), "mine", "is for model other")
     refused(QuantConfig(good.fingerprint, {"x": LayerChoice(Scheme.parse("int4"), 16)}), "mine", "layer 'x'")
+    odd, first = Scheme.parse("int4g7"), next(iter(good.layers))
+    refused(good.with_layer(first, odd), "mine", f"layer '{first}' cannot be int4g7: its .* multiple of 7")
+    with pytest.raises(AquabitError, match=f"layer '{first}' cannot be int4g7"):
+        quantize(dit, good.with_layer(first, odd), bank=str(bank))
     assert not written and not bank.exists()
     refused(replace(good, calibration=Calibration(frames=3)), "mine", "frames is 3, but Class")
     assert not list(bank.iterdir())

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from aquabit.errors import AquabitError
-from aquabit.files import check_apart, clear, follow_umask, write_bytes, write_text, writing, writing_folder
+from aquabit.files import (
+    check_apart,
+    check_writable,
+    clear,
+    follow_umask,
+    write_bytes,
+    write_text,
+    writing,
+    writing_folder,
+)
 
 
 def test_a_file_is_replaced_whole_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -270,3 +279,31 @@ def test_where_there_are_no_locks_files_are_written_and_stay(
     os.utime(left, (0, 0))
     clear(tmp_path)
     assert left.exists() and (tmp_path / "a").read_text() == "a"
+
+
+def test_what_could_not_be_written_is_said_before_work_is_done(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for name in ("new", "file", "link", "folder/new"):
+        check_writable(tmp_path / name)
+    for name in ("new", "new/deep/er", "folder", "folder/new"):
+        check_writable(tmp_path / name, folder=True)
+    check_writable("/dev/null")
+    for name, folder, said in (
+        ("folder", False, "it is a folder; name a file"),
+        ("new/deep", False, "there is no folder .*new; make it first"),
+        ("file/new", False, "Not a directory"),
+        ("file", True, "file is a file; name another folder"),
+        ("file/new", True, "Not a directory"),
+        ("x" * 300, False, "File name too long"),
+        ("a\0b", False, "is no name of a file"),
+    ):
+        with pytest.raises(AquabitError, match=said):
+            check_writable(tmp_path / name, folder=folder)
+    if os.geteuid():
+        (tmp_path / "folder").chmod(0o500)
+        for name, folder in (("folder/new", False), ("folder/new", True), ("folder", True)):
+            with pytest.raises(AquabitError, match="folder may not be written to"):
+                check_writable(tmp_path / name, folder=folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "link"]

@@ -11,7 +11,9 @@ from scipy.stats import kstest
 
 from aquabit.choices import Choices
 from aquabit.cost import CostModel
+from aquabit.graph import layers
 from aquabit.maximum_entropy import level_odds
+from aquabit.measuring.session import target_notes
 from aquabit.pipelines import trace
 from aquabit.scheme import AquabitError, Calibration, QuantConfig, Scheme
 from aquabit.sensitivity.features import SKETCH, Encoder
@@ -73,6 +75,33 @@ def test_pinned_and_excluded_layers() -> None:
     assert "conv_in" not in space.free_layers()
     with pytest.raises(AquabitError, match="nonsense"):
         make_space(GRAPH, "f", excluded=["nonsense*"])
+    for target in (None, "gguf"):
+        with pytest.raises(AquabitError, match=r"every layer is excluded \(\*\), and none is left"):
+            make_space(GRAPH, "f", excluded=["*"], target=target)
+
+
+def test_schemes_are_left_out_where_a_layer_cannot_be_stored_so() -> None:
+    scheme, shapes = Scheme.parse("nf4g64"), {k: tuple(a["shape"]) for k, a in layers(GRAPH).items()}
+    space = make_space(GRAPH, "f", schemes=["nf4g64", "usq4"])
+    held = {k: scheme.refuses(shape) is None for k, shape in shapes.items()}
+    assert {k: scheme in row for k, row in space.choices.items()} == held and len({*held.values()}) == 2
+    CostModel(GRAPH, space)
+    left = next(k for k in held if not held[k])
+    (said,) = target_notes(space, GRAPH)
+    refused = sum(not one for one in held.values())
+    assert said == f"nf4g64 is left out for {refused} of {len(held)} layers, as {left}: " + str(
+        scheme.refuses(shapes[left])
+    )
+    with pytest.raises(AquabitError, match=rf"no scheme is left for layer '{left}'"):
+        make_space(GRAPH, "f", schemes=["nf4g64"])
+    with pytest.raises(AquabitError, match=rf"layer '{left}' is pinned to nf4g64, which cannot hold it: its"):
+        make_space(GRAPH, "f", schemes=["usq4"], pinned={left: "nf4g64"})
+
+
+def test_a_configuration_that_no_layer_can_hold_is_named() -> None:
+    config = make_space(GRAPH, "f", schemes=["usq4"]).uniform("usq4").with_layer("conv_in", "int4g7")
+    with pytest.raises(AquabitError, match="layer 'conv_in' cannot be int4g7: its 1 inputs must be"):
+        config.check_shapes(layers(GRAPH))
 
 
 def test_space_file(tmp_path) -> None:

@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,26 @@ def test_other_files_are_no_studies(tmp_path) -> None:
         Study(tmp_path / "missing.db", create=False)
     with pytest.raises(AquabitError, match="does not exist"):
         Study(tmp_path / "no" / "folder.db")
+    with pytest.raises(AquabitError, match="is a folder; name the file of a study"):
+        Study(tmp_path)
+
+
+def test_reading_makes_no_study_of_an_empty_file(tmp_path) -> None:
+    (path := tmp_path / "empty.db").write_bytes(b"")
+    with pytest.raises(AquabitError, match=r"empty\.db is empty, and no study"):
+        Study(path, create=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.db"] and not path.stat().st_size
+
+
+def test_what_cannot_be_joined_leaves_no_file(tmp_path) -> None:
+    one, other = (
+        filled(tmp_path / "a.db", [1]),
+        filled(tmp_path / "b.db", [2], replace(PROTOCOL, steps=PROTOCOL.steps + 1)),
+    )
+    with pytest.raises(AquabitError, match=r"b\.db cannot be joined"):
+        merge([one, other], tmp_path / "out.db")
+    assert not (tmp_path / "out.db").exists()
+    assert merge([one], tmp_path / "out.db").new == 1 == len(Study(tmp_path / "out.db").measurements())
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path) -> None:

@@ -12,7 +12,7 @@ import typer
 from aquabit.budget import BITS, OTHERS
 from aquabit.cli import findings, groups, options, tables
 from aquabit.cli.progress import bars, console, emit, plain, quiet, shielded, tell
-from aquabit.files import write_bytes, write_text
+from aquabit.files import check_writable, write_bytes, write_text
 from aquabit.scheme import AquabitError, QuantConfig
 
 if TYPE_CHECKING:  # torch is loaded when a verb runs, not for --help
@@ -39,7 +39,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def call(**given: Any) -> None:
         quiet()
-        groups.check_outputs(given, folder=function.__name__ in ("run", "quantize", "convert", "report"))
+        folders = {"run": True, "quantize": True, "convert": True, "report": True, "export": None}
+        groups.check_outputs(given, folders.get(function.__name__, False))
         function(**given)
 
     return app.command()(shielded(groups.grouped(call)))
@@ -290,7 +291,7 @@ def merge(
     from aquabit.study import Study
     from aquabit.study import merge as merge_studies
 
-    joined = merge_studies([Study(s, create=False) for s in sources], Study(out))
+    joined = merge_studies([Study(s, create=False) for s in sources], out)
     console.print(
         f"{joined.new} measurements joined into {out}; {joined.repeated} were in several studies, and count"
         " once"
@@ -482,6 +483,7 @@ def export(
             tables.show_files(said, out)
         return
     groups.check_idle(context, True, f"with --to {to}, which fits the weights itself", "device", "bank")
+    check_writable(out)
     pipe = load(reference)
     network, graph = network_of(pipe), trace(pipe)
     check_fingerprint(chosen, network)

@@ -14,7 +14,7 @@ import typer
 
 from aquabit.budget import OTHERS
 from aquabit.cli import options
-from aquabit.files import check_apart
+from aquabit.files import check_apart, check_writable
 from aquabit.inputs import read_inputs
 from aquabit.measuring.where import Where
 from aquabit.scheme import SCHEDULERS, AquabitError, Budget, Calibration, Protocol, QuantConfig
@@ -73,9 +73,10 @@ def check_idle(context: typer.Context, idle: bool, why: str, *names: str) -> Non
 NO_INPUT = ("out", "json_", "bank", "sources")  # fits may lie anywhere; ``merge`` may join into a source
 
 
-def check_outputs(given: dict[str, Any], folder: bool) -> None:
-    """Raise AquabitError where a verb would write over, or into, what it reads (``folder``: its --out is
-    one). In a folder that it reads a new file may come to be, and an image take the place of one."""
+def check_outputs(given: dict[str, Any], folder: bool | None) -> None:
+    """Raise AquabitError where a verb would write over, or into, what it reads, and where it could not write
+    (``folder``: whether its --out is one, None where it finds out itself). In a folder that it reads a new
+    file may come to be, and an image take the place of one."""
     values = {k: v for k, v in given.items() if not is_dataclass(v)}
     for group in (v for v in given.values() if is_dataclass(v)):
         values |= {f.name: getattr(group, f.name) for f in fields(group)}
@@ -90,16 +91,15 @@ def check_outputs(given: dict[str, Any], folder: bool) -> None:
             from aquabit.pipelines import sources_of
 
             read += map(Path, sources_of(model))
-    written = [
-        (Path(v), folder and k == "out") for k in ("out", "json_") if (v := values.get(k)) and v != "-"
-    ]
-    for target, whole in written:
-        if not whole and _is_new_or_image(target):
-            continue
-        for source in read:
+    written = {k: Path(v) for k in ("out", "json_") if (v := values.get(k)) and v != "-"}
+    for name, target in written.items():
+        whole = bool(folder) and name == "out"
+        for source in read if whole or not _is_new_or_image(target) else ():
             check_apart(target, source, inside=False)
-    if len(written) == 2 and written[0][0].absolute() == written[1][0].absolute():
-        raise AquabitError(f"--out and --json both are {written[0][0]}; one would overwrite the other")
+        if name != "out" or folder is not None:
+            check_writable(target, folder=whole)
+    if len(written) == 2 and written["out"].absolute() == written["json_"].absolute():
+        raise AquabitError(f"--out and --json both are {written['out']}; one would overwrite the other")
 
 
 def _is_new_or_image(path: Path) -> bool:

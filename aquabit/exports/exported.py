@@ -67,13 +67,14 @@ def place_of(out: str | Path, part: str, *, folder: bool) -> Path:
 
 
 def check_layers(config: QuantConfig, graph: LayerGraph) -> None:
-    """Raise AquabitError for layers of a configuration that are not in a graph."""
+    """Raise AquabitError for layers of a configuration that are not in a graph, or cannot be what it says."""
     nodes = layers(graph)
     wrong = [n for n in config.layers if n not in nodes]
     if wrong:
         raise AquabitError(
             f"layer {wrong[0]!r} of the configuration is not in this model; is it another model's?"
         )
+    config.check_shapes(nodes)
 
 
 def check_activations(config: QuantConfig, beside: Callable[[Scheme, Rounding], str | None]) -> None:

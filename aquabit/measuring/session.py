@@ -249,11 +249,27 @@ def open_session(
 
 
 def target_notes(space: SearchSpace, graph: LayerGraph) -> list[str]:
-    """What is to be said of layers that stay dense, or are fused, in a target's space."""
+    """What is to be said of layers that stay dense, or are fused, in a target's space, and without a target
+    of schemes that some layers cannot have."""
     goal = target_named(space.target)
     if goal is None:
-        return []
+        return _shape_notes(space, graph)
     return goal.on(layers(graph), str(graph.graph.get("model_class")), space.schemes).notes
+
+
+def _shape_notes(space: SearchSpace, graph: LayerGraph) -> list[str]:
+    """What is to be said of schemes that are offered, but not to layers whose shape cannot be stored so."""
+    shapes = {k: tuple(layers(graph)[k]["shape"]) for k, row in space.choices.items() if row != (FP,)}
+    found = []
+    for scheme in space.schemes:
+        why = {k: scheme.refuses(s) for k, s in shapes.items() if scheme not in space.choices[k]}
+        names = [k for k, reason in why.items() if reason is not None]
+        if names:
+            found.append(
+                f"{scheme} is left out for {len(names)} of {len(shapes)} layers, as {names[0]}:"
+                f" {why[names[0]]}"
+            )
+    return found
 
 
 def _wanted_notes(study: Study, space: SearchSpace) -> list[str]:

@@ -18,6 +18,7 @@ import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from aquabit._operators import attention_role, block_of
 from aquabit.file_memory import CopiesInFiles
@@ -29,7 +30,7 @@ from aquabit.quant.calibration.recording import Call
 from aquabit.quant.correction.sampling import refollow_
 from aquabit.runtime import out_of_memory
 from aquabit.scheme import AquabitError, Protocol
-from aquabit.user_code import code_digest, named_function
+from aquabit.user_code import FAILURES, code_digest, named_function
 
 # what a sample function may take beside the denoiser and the seeds, by name
 OPTIONS = ("conditions", "steps", "guidance", "eta", "resolution", "frames")
@@ -38,6 +39,7 @@ OFF: Mapping[str, Any] = {"guidance": 1.0, "eta": 0.0, "resolution": None, "fram
 # relative difference (of root mean squares) up to which two images of one seed are the same: batches of
 # different sizes round differently; with 16-bit weights, and on GPUs, by more
 AGREE, AGREE_ROUGHLY = 1e-3, 5e-2
+CHANNELS = (1, 2, 3, 4)  # that images have
 NO_CONDITIONS = (
     "{} makes images from conditions; give them to aquabit.Model, or by --prompts FILE with one a line"
 )
@@ -158,12 +160,13 @@ class Model:
     ) -> Tensor:
         """The images of some seeds; options (``steps``, ...) as the function takes them."""
         every = self.conditions if conditions is None else _listed(conditions)
+        seeds = _seeds(seeds)
         here = None if every is None else [every[i % len(every)] for i in range(len(seeds))]
         unknown = [k for k in options if k not in self.takes]
         if unknown:
             raise AquabitError(f"{self.name} takes no {unknown[0]}; it takes {', '.join(sorted(self.takes))}")
         with torch.no_grad(), evaluating(self.denoiser):
-            return self.run(list(seeds), here, self._usual() | options)
+            return self.run(seeds, here, self._usual() | options)
 
     def _usual(self) -> dict[str, Any]:
         """The options that its function is given where nothing is asked for."""
@@ -230,17 +233,24 @@ class Model:
 
     def _formed(self, found: Any, count: int, resolution: int | None) -> Tensor:
         """What was made as a tensor; raises AquabitError where it has not one row of numbers a seed."""
-        if isinstance(found, np.ndarray):
-            found = torch.from_numpy(found)
         wanted = "[n, c, h, w]" if self.images else "[n, ...]"
+        found = _from_numpy(found) if isinstance(found, np.ndarray) else found
         if not isinstance(found, Tensor) or not found.is_floating_point():
-            kind = f"{found.dtype} numbers" if isinstance(found, Tensor) else type(found).__name__
+            kind = f"{found.dtype} numbers" if hasattr(found, "dtype") else type(found).__name__
             raise AquabitError(f"{self.name} returned {kind}; expected a tensor {wanted} of floats")
+        if found.is_meta or found.layout != torch.strided:
+            what = "on the meta device, which holds no numbers" if found.is_meta else f"of {found.layout}"
+            raise AquabitError(f"{self.name} returned a tensor {what}; expected a dense one {wanted}")
         shape = tuple(found.shape)
         if shape[:1] != (count,) or not found.numel() or (self.images and len(shape) != 4):
             raise AquabitError(
                 f"{self.name} returned shape {list(shape)} for {count} seeds; expected {wanted} with n ="
                 f" {count}"
+            )
+        if self.images and shape[3] in CHANNELS and shape[1] not in CHANNELS:
+            raise AquabitError(
+                f"{self.name} returned shape {list(shape)}, whose channels seem to be last; expected"
+                f" {wanted}, as images.permute(0, 3, 1, 2) has it"
             )
         if resolution is not None and shape[-2:] != (resolution, resolution):
             raise AquabitError(
@@ -261,7 +271,7 @@ class Model:
             yield
         except AquabitError:
             raise
-        except Exception as error:
+        except FAILURES as error:
             if out_of_memory(error):
                 raise AquabitError(
                     f"out of memory while {self.name} made {count} images at once; lower --micro-batch"
@@ -371,6 +381,25 @@ def _listed(conditions: Any) -> tuple[str | int, ...]:
     return tuple(found)
 
 
+def _seeds(given: Any) -> list[int]:
+    try:
+        found = [operator.index(seed) for seed in given]
+    except TypeError:
+        found = []
+    if not found:
+        raise AquabitError(f"seeds are {given!r:.60}; give a list of whole numbers, one an image")
+    return found
+
+
+def _from_numpy(found: np.ndarray) -> Any:
+    """An array as a tensor, whatever its strides and its order of bytes; what torch has no floats for as it
+    is."""
+    native = found.dtype.newbyteorder("=")
+    if native not in (np.float16, np.float32, np.float64):
+        return found
+    return torch.from_numpy(np.ascontiguousarray(found, native))
+
+
 def _whole(value: Any) -> int:
     try:
         return operator.index(value)
@@ -460,7 +489,7 @@ class OwnAdapter:
 
     def _number(self, condition: Any) -> int:
         text = str(condition).strip()
-        if not text.removeprefix("-").isdigit():
+        if not text.removeprefix("-").isdecimal():
             raise AquabitError(f"condition {text!r} is no whole number, as those of {self.pipe.name} are")
         return int(text)
 
@@ -550,11 +579,17 @@ def named_model(name: str, device: str | torch.device, dtype: torch.dtype) -> Mo
         found = function()
     except AquabitError:
         raise
-    except Exception as error:  # whatever the user's function does
+    except FAILURES as error:  # whatever the user's function does
         raise AquabitError(f"model {name!r} failed ({type(error).__name__}: {error})") from error
     if not isinstance(found, Model):
         raise AquabitError(
             f"model {name!r} returned a {type(found).__name__}; the function must return an aquabit.Model"
+        )
+    empty = [n for n, p in found.denoiser.named_parameters() if p.is_meta or is_lazy(p)]
+    if empty:
+        raise AquabitError(
+            f"model {name!r} has a denoiser whose parameter {empty[0]!r} holds no numbers (it is on the meta"
+            " device, or of a lazy module that was never called); give it its weights first"
         )
     found.denoiser.to(device)
     if any(p.is_floating_point() and p.dtype != dtype for p in found.denoiser.parameters()):

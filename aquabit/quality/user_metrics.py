@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aquabit.quality.paired import Array
 from aquabit.scheme import AquabitError
-from aquabit.user_code import named_function
+from aquabit.user_code import FAILURES, named_function
 
 
 class NonFiniteValues(AquabitError):
@@ -57,7 +57,7 @@ class UserMetric:
             values = np.asarray(
                 self._function(*given, None if conditions is None else list(conditions)), dtype=np.float64
             )
-        except Exception as error:
+        except FAILURES as error:
             raise AquabitError(f"metric {self.name!r} failed ({type(error).__name__}: {error})") from error
         if values.shape != (len(images),):
             raise AquabitError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ def read_given(path: str | Path, space: SearchSpace) -> QuantConfig:
     if isinstance(inner, dict) and "quant_cfg" in inner:
         return _of_modelopt(inner["quant_cfg"], space, str(path))
     config = QuantConfig.from_dict(value, str(path))
-    space.check(config, extra_schemes=True)
+    try:
+        space.check(config, extra_schemes=True)
+    except AquabitError as error:
+        raise AquabitError(f"{path}: {error}") from error
     return config
 
 
@@ -110,12 +114,18 @@ FLOATS = {(4, 3): "fp8", (2, 1, 16): "nvfp4", (2, 1, 32): "mxfp4", (4, 3, 32): "
 def _scheme(cfg: Mapping[str, Any], source: str) -> Scheme:
     """A weight quantizer's settings as the scheme of its bits and block size: whole numbers are symmetric,
     floats those of FLOATS."""
-    if cfg.get("enable") is False:
+    enabled = cfg.get("enable", True)
+    if type(enabled) is not bool:
+        raise AquabitError(f"{source} has enable {enabled!r:.30}; it must be true or false")
+    if not enabled:
         return FP
     bits, blocks = cfg.get("num_bits", 8), cfg.get("block_sizes") or {}
-    group = (
-        next((v for k, v in blocks.items() if str(k) == "-1"), None) if isinstance(blocks, Mapping) else None
-    )
+    if not isinstance(blocks, Mapping):
+        raise AquabitError(f'{source} has block_sizes {blocks!r:.30}; they must be as {{"-1": 32}}')
+    other = [k for k in blocks if re.fullmatch("-?[0-9]+", str(k)) and str(k) != "-1"]
+    if other:
+        raise AquabitError(f"{source} has blocks along axis {other[0]!r:.20}; those of inputs, -1, are read")
+    group = next((v for k, v in blocks.items() if str(k) == "-1"), None)
     if group and (type(group) is not int or not 0 < group < 1 << 31):
         raise AquabitError(f"{source} has block_sizes whose -1 is no whole number of inputs above 0")
     parts = tuple(bits) if isinstance(bits, list | tuple) else (bits,)

@@ -473,6 +473,33 @@ def test_a_study_notes_what_stays_dense() -> None:
     assert open_model(tiny("hunyuan")).notes[-1].startswith("4 layers stay fp (the model reads its weight")
 
 
+def test_no_verb_works_for_what_it_cannot_write(folder, monkeypatch) -> None:
+    """The sentence comes before the work whose result it is about."""
+    from aquabit import packing, workflows
+
+    def works(*_: object, **__: object) -> None:
+        raise AssertionError("it has begun")
+
+    for module, name in ((workflows, "search"), (workflows, "explained"), (packing, "generate")):
+        monkeypatch.setattr(module, name, works)
+    monkeypatch.setattr(packing, "quantize", works)
+    monkeypatch.setattr(workflows, "coded", works)
+    study, config = "whole/study.db", "whole/config.json"
+    for words in (
+        ("search", study, "--out", "nowhere/a.json"),
+        ("search", study, "--json", "whole"),
+        ("explain", study, "--json", "nowhere/a.json"),
+        ("generate", "whole/packed", "--out", "nowhere/a.png"),
+        ("quantize", "pipe", config, "--out", "space.json"),
+        ("quantize", "pipe", config, "--out", "space.json/packed"),
+        ("export", "pipe", config, "--to", "gguf", "--out", "nowhere/a.gguf"),
+        ("export", "pipe", config, "--to", "sdnq", "--out", "space.json/a"),
+        ("export", "pipe", config, "--to", "modelopt", "--out", "nowhere/a.json"),
+    ):
+        said = fails(folder, *words)
+        assert "could not be written" in said, (words, said)
+
+
 def test_no_verb_writes_over_what_it_reads(folder) -> None:
     (folder / "linked").symlink_to("pipe")
     (folder / "site").mkdir()

@@ -6,6 +6,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
+import subprocess
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -296,6 +300,26 @@ def _a_list(net: nn.Module, seeds: list[int], conditions: list[int], steps: int)
     return list(simple(net, seeds, conditions, steps))
 
 
+def _sparse(net: nn.Module, seeds: list[int], conditions: list[int], steps: int) -> Tensor:
+    return simple(net, seeds, conditions, steps).to_sparse()
+
+
+def _nowhere(net: nn.Module, seeds: list[int], conditions: list[int], steps: int) -> Tensor:
+    return simple(net, seeds, conditions, steps).to("meta")
+
+
+def _objects(net: nn.Module, seeds: list[int], conditions: list[int], steps: int) -> np.ndarray:
+    return simple(net, seeds, conditions, steps).numpy().astype(object)
+
+
+def _channels_last(net: nn.Module, seeds: list[int], conditions: list[int], steps: int) -> Tensor:
+    return simple(net, seeds, conditions, steps).permute(0, 2, 3, 1)
+
+
+def _leaving(net: nn.Module, seeds: list[int], conditions: list[int], steps: int) -> Tensor:
+    sys.exit("no data here")
+
+
 def _guided_in_vain(
     net: nn.Module, seeds: list[int], conditions: list[int], steps: int, guidance: float
 ) -> Tensor:
@@ -317,6 +341,11 @@ def _raising(net: nn.Module, seeds: list[int], conditions: list[int], steps: int
         (_growing, "all must have one"),
         (_fewer, r"returned shape \[1, 1, 8, 8\] for 2 seeds"),
         (_a_list, "returned list; expected a tensor"),
+        (_sparse, "returned a tensor of torch.sparse_coo; expected a dense one"),
+        (_nowhere, "on the meta device, which holds no numbers"),
+        (_objects, "returned object numbers; expected a tensor"),
+        (_channels_last, r"shape \[2, 8, 8, 1\], whose channels seem to be last"),
+        (_leaving, "_leaving failed while it made 2 images .*SystemExit: no data here"),
         (_guided_in_vain, "guidance is 3, but _guided_in_vain makes the same images without it"),
         (_raising, "_raising failed while it made 2 images .*IndexError"),
         (lambda net, seeds, steps=2: torch.rand(len(seeds), 1, 8, 8), "never calls the denoiser"),
@@ -327,6 +356,15 @@ def test_what_is_found_by_calling_twice(sample: Any, said: str) -> None:
     protocol = replace(PROTOCOL, guidance=3.0) if "guidance" in said else PROTOCOL
     with pytest.raises(AquabitError, match=said):
         check_sampler(own(sample, conditions=conditions), protocol)
+
+
+def test_arrays_of_any_strides_and_byte_order_are_images() -> None:
+    for form in (lambda x: x[:, :, ::-1], lambda x: x.astype(">f4"), lambda x: x.astype(np.float16)):
+
+        def sample(net: Any, seeds: Any, conditions: Any, steps: int, form: Any = form) -> np.ndarray:
+            return form(simple(net, seeds, conditions, steps).numpy())
+
+        check_sampler(own(sample), PROTOCOL)
 
 
 def test_good_samplers_pass_the_check_in_training_mode_too() -> None:
@@ -346,6 +384,7 @@ def test_good_samplers_pass_the_check_in_training_mode_too() -> None:
         ({"resolution": 16}, "resolution is 16, but heun takes no resolution"),
         ({"scheduler": "ddim"}, "heun@.* is a sampler of its own"),
         ({"conditions": ("a cat",)}, "'a cat' is no whole number"),
+        ({"conditions": ("²",)}, "'²' is no whole number"),
     ],
 )
 def test_what_the_function_does_not_take_is_refused(tmp_path: Path, asked: Any, said: str) -> None:
@@ -375,6 +414,8 @@ def test_what_the_function_does_not_take_is_refused(tmp_path: Path, asked: Any, 
         ),
         (lambda: own()([0], guidance=2.0), "heun takes no guidance; it takes conditions, steps"),
         (lambda: own(conditions=None)([0]), "makes images from conditions"),
+        (lambda: own()([]), r"seeds are \[\]; give a list of whole numbers"),
+        (lambda: own()([0.5]), r"seeds are \[0.5\]; give a list of whole numbers"),
     ],
 )
 def test_bad_models_are_refused(make: Any, said: str) -> None:
@@ -488,6 +529,29 @@ def made(): return own()
 def pipeline(): return 5
 def broken(): raise KeyError("weights")
 """
+
+
+BAD_CODE = {  # modules that the command line is told to run, and what is said of them
+    "parser": (
+        "import argparse\nargparse.ArgumentParser().parse_args(['--data'])",
+        "SystemExit: 2.*__main__",
+    ),
+    "leaver": ("import sys\ndef made(): sys.exit('no data here')", "leaver:made' failed .*no data here"),
+    "empty": (
+        CODE + "import torch\n" + "def made():\n    with torch.device('meta'): return own()\n",
+        "'level.weight' holds no numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("module", BAD_CODE)
+def test_code_that_ends_the_program_or_has_no_weights_is_said(module: str, tmp_path: Path) -> None:
+    """It never ends in silence: the exit code of the user's own ``sys.exit`` is not ours."""
+    code, said = BAD_CODE[module]
+    (tmp_path / f"bad_{module}.py").write_text(code)
+    words = [sys.executable, "-c", "from aquabit.cli.app import app; app()", "inspect", f"bad_{module}:made"]
+    made = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 2 and re.search(said, made.stderr.splitlines()[-1]), made.stderr
 
 
 @pytest.mark.slow

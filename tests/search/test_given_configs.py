@@ -171,6 +171,15 @@ def test_what_we_export_is_read_again(tmp_path: Path, space: SearchSpace, graph:
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": True}}}, "has num_bits True"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": 12}}}, "12"),
         ({"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {"-1": "many"}}}}, "block_sizes"),
+        (
+            {"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": [32]}}},
+            r"block_sizes \[32\]; they",
+        ),
+        (
+            {"quant_cfg": {"*weight_quantizer": {"num_bits": 4, "block_sizes": {"-1": 32, "-2": 32}}}},
+            "has blocks along axis '-2'",
+        ),
+        ({"quant_cfg": {"*weight_quantizer": {"enable": "false"}}}, "has enable 'false'; it must be true"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(
@@ -182,7 +191,7 @@ def test_what_cannot_be_read_is_one_sentence(
 
 
 def test_files_of_another_model_and_files_that_are_not_there(tmp_path: Path, space: SearchSpace) -> None:
-    with pytest.raises(AquabitError, match="for model other, this is model print"):
+    with pytest.raises(AquabitError, match=r"given\.json: .* for model other, this is model print"):
         read(tmp_path, space, QuantConfig("other", {}).to_json())
     with pytest.raises(AquabitError, match="unknown layer 'tail'"):
         read(tmp_path, space, QuantConfig("print", {"tail": LayerChoice(Scheme.parse("usq4"), 8)}).to_json())

@@ -102,6 +102,12 @@ def test_a_rival_that_breaks_a_tie_is_refused(tmp_path: Path) -> None:
             flow.measure(pipe, study, configs=configs, **options)
     with pytest.raises(AquabitError, match="tied layers must have the same scheme"):
         flow.find(study, 4.0, against=[torn], pipe=pipe, bank=options["bank"])
+    odd, before = space.uniform("usq4").with_layer(space.layers[0], "int4g7"), len(study.measurements())
+    with pytest.raises(AquabitError, match=rf"^layer '{space.layers[0]}' cannot be int4g7"):
+        flow.measure(pipe, study, configs=[odd], **options)
+    with pytest.raises(AquabitError, match=rf"given 1: layer '{space.layers[0]}' cannot be int4g7"):
+        flow.find(study, 4.0, against=[odd], pipe=pipe, bank=options["bank"])
+    assert len(study.measurements()) == before
 
 
 def test_a_study_keeps_to_its_target(tmp_path: Path) -> None:
