@@ -15,7 +15,14 @@ from torch import nn
 
 from aquabit.budget import OTHERS
 from aquabit.exports import WRITERS, check_known
-from aquabit.exports.exported import Exported, check_activations, check_layers, each_network, place_of
+from aquabit.exports.exported import (
+    Exported,
+    check_activations,
+    check_layers,
+    check_replaceable,
+    each_network,
+    place_of,
+)
 from aquabit.files import check_apart, check_writable, write_bytes
 from aquabit.graph import LayerGraph, layers
 from aquabit.jsonio import write_json
@@ -701,10 +708,7 @@ def export_files(
         check_activations(config, TARGETS[to].beside)
         for part, one in each_network(Exported(network, config, graph)).items():
             place = place_of(out, part, folder=writer.folder)
-            if place.exists() and not writer.may_replace(place):
-                raise AquabitError(
-                    f"{place} is there already and is none of aquabit's for {to}; choose another name"
-                )
+            check_replaceable(place, to, writer.may_replace)
             writer.check(one)
 
     found = coded(pipe, config, check=check, bank=bank, device=device, progress=progress)

@@ -149,6 +149,8 @@ def own(folder: Path, model: str, target: str, blocks: int) -> list[dict[str, An
         say(f"{target}'s own quantizer is not installed", 1, 1)
         return []
     stored, rows = read(folder / f"targets-{target}-{model}.json"), []
+    if not stored:
+        raise SystemExit(f"{model}, {target}: there are no recipes in {folder}; run the part search before")
     with session_of(folder, model, target) as session:
         here, about_ = session.here, {"model": model, "target": target}
         protocols = [replace(session.protocol.block(b), images=IMAGES) for b in FRESH[:blocks]]

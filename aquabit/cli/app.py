@@ -467,7 +467,8 @@ def export(
     """A configuration for another library, or files with weights for another program, with what is lost on
     the way."""
     from aquabit.exports import check_known, export_config, with_weights
-    from aquabit.exports.exported import Exported, check_layers, each_network, place_of
+    from aquabit.exports.exported import Exported, check_layers, check_replaceable, each_network, place_of
+    from aquabit.exports.statement import is_recipe
     from aquabit.pipelines import load, network_of, trace
     from aquabit.quant.model import check_fingerprint
 
@@ -489,6 +490,8 @@ def export(
     check_fingerprint(chosen, network)
     check_layers(chosen, graph)
     each = each_network(Exported(network, chosen, graph))
+    for part in each:
+        check_replaceable(place_of(out, part, folder=False), to, is_recipe)
     found = {part: export_config(one.config, one.graph, to) for part, one in each.items()}
     for part, recipe in found.items():
         write_text(place_of(out, part, folder=False), recipe.to_json())

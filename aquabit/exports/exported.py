@@ -66,6 +66,12 @@ def place_of(out: str | Path, part: str, *, folder: bool) -> Path:
     return path / part if folder else path.with_name(f"{path.stem}-{part}{path.suffix}")
 
 
+def check_replaceable(place: Path, to: str, may_replace: Callable[[Path], bool]) -> None:
+    """Raise AquabitError where something is that is not one of ours, and would be overwritten."""
+    if place.exists() and not may_replace(place):
+        raise AquabitError(f"{place} is there already and is none of aquabit's for {to}; choose another name")
+
+
 def check_layers(config: QuantConfig, graph: LayerGraph) -> None:
     """Raise AquabitError for layers of a configuration that are not in a graph, or cannot be what it says."""
     nodes = layers(graph)

@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import ceil, prod
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from aquabit.scheme import LayerChoice, QuantConfig, Rounding, Scheme, act_parts, closest, output_rounding
+from aquabit.jsonio import read_object
+from aquabit.scheme import (
+    AquabitError,
+    LayerChoice,
+    QuantConfig,
+    Rounding,
+    Scheme,
+    act_parts,
+    closest,
+    output_rounding,
+)
 
 Node = Mapping[str, Any]  # a layer's attributes in the graph
 Status = Literal["same", "nearest", "full precision"]
@@ -67,6 +79,13 @@ class Export:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a file is one of ``Export.to_json``, and may be written again."""
+    with suppress(AquabitError):
+        return read_object(path).keys() == {"to", "config", "statement"}
+    return False
 
 
 def weight_losses(scheme: Scheme, has_levels: bool = False) -> list[str]:

@@ -500,6 +500,17 @@ def test_no_verb_works_for_what_it_cannot_write(folder, monkeypatch) -> None:
         assert "could not be written" in said, (words, said)
 
 
+def test_a_recipe_replaces_a_recipe_alone(folder) -> None:
+    words = ("export", "pipe", "whole/config.json", "--out")
+    run(folder, *words, "recipe.json", "--to", "torchao")
+    run(folder, *words, "recipe.json", "--to", "quanto")
+    assert json.loads((folder / "recipe.json").read_text())["to"] == "quanto"
+    (folder / "mine.json").write_text('{"schemes": ["usq4"]}')
+    said = fails(folder, *words, "mine.json", "--to", "quanto")
+    assert "mine.json is there already and is none of aquabit's for quanto" in " ".join(said.split())
+    assert (folder / "mine.json").read_text() == '{"schemes": ["usq4"]}'
+
+
 def test_no_verb_writes_over_what_it_reads(folder) -> None:
     (folder / "linked").symlink_to("pipe")
     (folder / "site").mkdir()
