@@ -73,6 +73,21 @@ def test_tokens(text: str, level: str) -> None:
                 )
 
 
+@levels
+@pytest.mark.parametrize("text", ["mxfp8", "fp8", "fp8c"])
+def test_each_code_of_float8_is_what_torch_says(text: str, level: str) -> None:
+    """By its bits, in rows that are no multiple of a vector where the format lets them be."""
+    count = 256 if text == "mxfp8" else 254
+    weight = fitted(text, 3, count)
+    codes = torch.arange(count)[:, None, None].repeat(1, 1, 3)
+    codes[codes & 127 == 127] = 0  # no numbers
+    every = CodebookWeight.from_codes(
+        codes, None, weight.scale, weight.offset, (3, count), weight.bits, weight.order, weight.levels
+    )
+    rows = _prepared(arrange(every)).rows(decode_levels().index(level))(0, 3)
+    assert torch.equal(rows, every.dequantize()) and len(rows.unique()) > 250
+
+
 @pytest.mark.parametrize("text", ["int4g32", "q4_1", "mxfp4", "q6_K", "nf4g64"])
 def test_threads_change_nothing(text: str) -> None:
     weight = arrange(fitted(text, 85, width(text)))

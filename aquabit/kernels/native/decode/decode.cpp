@@ -58,8 +58,9 @@ class DecodeWeight {
         stretches_ = stretches_of(a.segments, a.fused, a.cin);
         weight_ = {a.codes, tables, a.scale, offset, nullptr, a.segments.data(), stretches_.data(), static_cast<int64_t>(a.segments.size()),
                    static_cast<int64_t>(stretches_.size()), a.row_bytes, a.out, a.cin, a.area, a.bits, a.books, a.group, a.fused, a.kernel_order, sets, codewords, a.scales,
-                   offset ? a.scales : 0, {}};
+                   offset ? a.scales : 0, {}, false};
         weight_.integers = integers_of(weight_, levels_);
+        weight_.floats8 = are_floats8(weight_);
     }
     DecodeWeight(const DecodeWeight&) = delete;
 

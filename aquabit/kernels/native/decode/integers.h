@@ -43,3 +43,15 @@ inline Integers integers_of(const Weight& w, uint8_t* levels) {
     const bool short_codes = w.group == 1 && w.books == 1 && !w.kernel_order && w.table_sets == 1 && w.fused == 2;
     return short_codes ? whole_numbers(w, levels) : Integers{};
 }
+
+// Whether single codes are those of float8 e4m3fn, by their table: values whose bits say what they are need no look-up.
+inline bool are_floats8(const Weight& w) {
+    if (!w.tables || w.bits != 8 || w.group != 1 || w.books != 1 || w.kernel_order || w.table_sets != 1) return false;
+    for (int64_t code = 0; code < 256; ++code) {
+        const int exponent = code >> 3 & 15, fraction = code & 7;
+        const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
+        const float value = (code & 127) == 127 ? 0 : code < 128 ? size : -size;  // codes of no number are kept as zeros
+        if (w.tables[code] != value) return false;
+    }
+    return true;
+}

@@ -199,6 +199,15 @@ INLINE void look_up_codes(const float* table, const uint8_t* codes, int64_t coun
     for (; i < count; ++i) to[i] = table[codes[i]];
 }
 
+// What codes of float8 e4m3fn stand for, those of no number 0: their bits, moved to where float32 has them.
+INLINE Floats floats8(Ints codes) {
+    const Ints size = codes & 127, bits = (size << 20) + (120 << 23);  // 2^(e - 7) (1 + m / 8), and so for e = 0
+    const Floats small = ((Floats)bits - 0x1p-7f) * 2.0f;               // which is m / 8 2^-6
+    const Ints below = size < 8, none = size == 127;
+    const Ints found = ((below & (Ints)small) | (~below & bits)) & ~none;
+    return (Floats)(found | ((codes & 128) << 24));
+}
+
 // Adds up codewords of one segment's groups, [groups, g]; sizes that are constants where it is inlined make it fast. Codes that are
 // out of range are cut, and never read beyond the tables.
 INLINE void add_codewords_of(const float* table, const uint8_t* from, int64_t groups, const int64_t g, const int64_t books,
@@ -291,13 +300,16 @@ static void decode_row(const Weight& w, int64_t row, float* room) {
             add_slices(w, table, w.codes + row * w.row_bytes + s->at, here);
         else if (!scalar)
             add_codewords(w, table, w.codes + row * w.row_bytes + s->at, count / w.group, here);
-        else if (table)
+        else if (table && !w.floats8)
             look_up_codes(table, codes + at, count, w.bits, here);
         const Floats scale = splat(scale_at(w, row, s->scales)), offset = splat(offset_at(w, row, s->scales));
         int64_t i = 0;
         if (scalar && !table) {
             for (; i + kLanes <= count; i += kLanes) store(here + i, to_floats((Ints)load_widened(codes + at + i)) * scale + offset);
             for (; i < count; ++i) here[i] = codes[at + i] * scale[0] + offset[0];
+        } else if (w.floats8) {
+            for (; i + kLanes <= count; i += kLanes) store(here + i, floats8((Ints)load_widened(codes + at + i)) * scale + offset);
+            for (; i < count; ++i) here[i] = table[codes[at + i]] * scale[0] + offset[0];
         }
         for (; i + kLanes <= count; i += kLanes) store(here + i, load(here + i) * scale + offset);
         for (; i < count; ++i) here[i] = here[i] * scale[0] + offset[0];

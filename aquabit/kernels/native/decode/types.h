@@ -41,6 +41,8 @@ struct Weight {
     int64_t segment_count, stretch_count, row_bytes, out, cin, area, bits, books, group, fused, kernel_order, table_sets, codewords, scales,
         offsets;
     Integers integers;
+    bool floats8;  // codes are those of float8 e4m3fn
+
 
     int64_t length() const { return cin * area; }
 };
