@@ -50,7 +50,7 @@ RECIPES: Mapping[str, Sequence[str]] = {  # a target's usual formats, those of 4
     "torchao": ("int4g32", "int8"),
     "modelopt": ("int4g32",),
 }
-MODELS = ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit")
+MODELS = ("digits-unet", "digits-dit", "fashion-unet", "fashion-dit", "emoji-dit")
 METRICS = ("psnr", "fid")
 FRESH = range(531, 536)  # blocks of seeds that nothing else uses
 IMAGES = 128
