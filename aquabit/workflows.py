@@ -430,8 +430,6 @@ def run_flow(
             front = find_in(session, asked, progress)
             early.page("checking the ranking by real swaps")
         clock.mark("search")
-        if sample.samples:
-            measure_in_context(session, IN_CONTEXT, flow.bits, flow.swap, progress=progress)
         if flow.swaps:  # last: real swaps check the layers that the ranking puts first
             validate_in(session, flow.swaps, flow.swap, flow.bits, sample.seed, progress)
         clock.mark("checks by swaps")

@@ -45,7 +45,7 @@ from benchmarks.common import (
 )
 from benchmarks.searches import SPACE, study_path
 
-IN_CONTEXT = "in-context"  # the first arm's measurements, and output errors as `aquabit run` has them
+IN_CONTEXT = "in-context"  # the first arm's measurements, and output errors of all swaps in 4 contexts
 ARMS = ("near:0.75", "random", IN_CONTEXT)
 SAMPLES, FLIPS, BITS, SWAP = 60, 20, 3.0, "usq4h:usq2h"
 CONTEXTS, SEED = 4, 20_261_129

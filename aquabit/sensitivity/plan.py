@@ -30,7 +30,6 @@ from aquabit.quant.fit_costs import FitCost, fit_costs
 from aquabit.runtime import out_of_memory, single_thread
 from aquabit.scheme import FP, AquabitError, Budget, Progress, Protocol, Scheme, no_progress
 from aquabit.sensitivity.designs import DEFAULT, Design, shard_of
-from aquabit.sensitivity.effects.context_effects import IN_CONTEXT
 from aquabit.sensitivity.effects.predicted import named_swap
 from aquabit.space import SearchSpace
 from aquabit.study import Study
@@ -173,13 +172,12 @@ def run_calls(
     each = a_run * protocol.images * (2 if space.correction else 1)  # of a measurement
     calibrated = any(s.calibrated for row in space.choices.values() for s in row)
     fits = CALIBRATING * space.calibration.images * a_run if calibrated and space.calibration else 0
-    checks = PER_SWAP * swaps + _in_context(IN_CONTEXT, sample.samples, len(space.choices))
     found = {
         "fits": fits,
         "gradients": 3 * PASSES * IMAGES * a_run + SCORED * PROBE_IMAGES * a_run,
         "sample": (1 + len(uniform_references(space)) + sample.samples) * each,
         "search": searching(front) * each,
-        "checks by swaps": checks * each,
+        "checks by swaps": PER_SWAP * swaps * each,
     }
     return {part: round(count) for part, count in found.items()}
 
@@ -331,8 +329,7 @@ class Planner:
             self.where.workers,
             len(made.choices),
         )
-        swapped = PER_SWAP * swaps + _in_context(IN_CONTEXT, sample.samples, layers)
-        checks = self.units.measurements(swapped, calls, bool(made.correction))
+        checks = self.units.measurements(PER_SWAP * swaps, calls, bool(made.correction))
         parts = {
             "loading": measuring.loading_seconds + STARTING,
             "first look": 2 * steps * self.units.backward / min(workers, 2),

@@ -36,7 +36,7 @@ from aquabit.sensitivity.surrogate.regressor import Estimator
 from aquabit.study import Study
 
 DRAWN = 64  # contexts that effects are predicted in; the first few of them are run
-IN_CONTEXT = 4  # contexts in which ``run`` sees the output errors of every layer's swap
+IN_CONTEXT = 4  # contexts in which output errors of every layer's swap are seen by default
 MIN_CONTEXTS = 2  # contexts below which nothing is averaged
 
 
