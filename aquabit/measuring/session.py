@@ -259,8 +259,8 @@ def target_notes(space: SearchSpace, graph: LayerGraph) -> list[str]:
 
 def _shape_notes(space: SearchSpace, graph: LayerGraph) -> list[str]:
     """What is to be said of schemes that are offered, but not to layers whose shape cannot be stored so."""
-    shapes = {k: tuple(layers(graph)[k]["shape"]) for k, row in space.choices.items() if row != (FP,)}
-    found = []
+    nodes, found = layers(graph), list[str]()
+    shapes = {k: tuple(nodes[k]["shape"]) for k, row in space.choices.items() if row != (FP,)}
     for scheme in space.schemes:
         why = {k: scheme.refuses(s) for k, s in shapes.items() if scheme not in space.choices[k]}
         names = [k for k, reason in why.items() if reason is not None]

@@ -12,7 +12,16 @@ from aquabit.cost import CostModel
 from aquabit.graph import layers
 from aquabit.measuring.latency import latency_table
 from aquabit.measuring.session import Session
-from aquabit.scheme import FP, Calibration, Progress, Protocol, QuantConfig, act_parts, no_progress
+from aquabit.scheme import (
+    FP,
+    Calibration,
+    LayerChoice,
+    Progress,
+    Protocol,
+    QuantConfig,
+    act_parts,
+    no_progress,
+)
 from aquabit.search.options import activation_choices, fixed_act
 from aquabit.search.proof import Proof
 from aquabit.search.search_options import SearchOptions, ladder
@@ -100,11 +109,18 @@ class Search:
         if space.broken_tie(config) is not None:
             return False
         nodes, model = layers(graph), str(graph.graph.get("model_class"))
-        rows = config.layers.items()
+
+        def goes_with(layer: str, choice: LayerChoice) -> bool:
+            """Its scheme with its activations: what the space offers does, as its study was begun with it."""
+            if choice.weight in space.choices[layer] and choice.act in space.activations:
+                return True
+            return goal is None or all(
+                goal.beside(choice.weight, act) is None for act in act_parts(choice.act)
+            )
+
         return goal is None or all(
-            goal.refusal(c.weight, k, nodes[k], model) is None
-            and all(act == 16 or goal.beside(c.weight, act) is None for act in act_parts(c.act))
-            for k, c in rows
+            goal.refusal(c.weight, k, nodes[k], model) is None and goes_with(k, c)
+            for k, c in config.layers.items()
         )
 
     def values(self, metric: str, protocol: Protocol | None = None) -> dict[str, float]:

@@ -4,6 +4,8 @@ be deployed."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 
 from aquabit import workflows as flow
 from aquabit.cost import CostModel
+from aquabit.graph import LayerGraph
 from aquabit.measuring.where import Where
 from aquabit.pipelines import trace
-from aquabit.scheme import AquabitError, Budget, Protocol, QuantConfig, Scheme
+from aquabit.scheme import FP, AquabitError, Budget, LayerChoice, Protocol, QuantConfig, Scheme
 from aquabit.search import fresh_front
 from aquabit.search.search import Search
 from aquabit.search.search_options import SearchOptions
@@ -62,14 +65,16 @@ def test_a_search_returns_what_its_target_holds(begun: tuple[Any, Study, Path]) 
     assert SearchSpace.from_dict(study.get("space")) == space, "the study stays what it was"
 
 
+def _deployable(graph: LayerGraph, space: SearchSpace, config: QuantConfig) -> bool:
+    session = SimpleNamespace(space=space, model=SimpleNamespace(graph=graph))
+    return Search.deployable(SimpleNamespace(session=session), config)  # type: ignore[arg-type]
+
+
 def test_what_a_target_cannot_hold_is_never_the_answer() -> None:
     graph = trace(tiny_pipeline("dit"))
     every = make_space(graph, "f", schemes=["usq2", "usq4", "vq3"], tied=[["*.to_q", "*.to_k"]])
 
-    def deployable(space: SearchSpace, config: QuantConfig) -> bool:
-        session = SimpleNamespace(space=space, model=SimpleNamespace(graph=graph))
-        return Search.deployable(SimpleNamespace(session=session), config)  # type: ignore[arg-type]
-
+    deployable = partial(_deployable, graph)
     good, of_sdnq = every.uniform("usq4", 16), narrowed(every, graph, "sdnq")
     ours, torn = every.uniform("vq3", 16), good.with_layer(every.tied[0][1], "usq2")
     rounded = every.uniform("usq4", 8)  # activations, which SDNQ leaves as they are
@@ -128,3 +133,17 @@ def test_a_study_keeps_to_its_target(tmp_path: Path) -> None:
             AquabitError, match="was begun for the target sdnq, not gguf; use that, or another"
         ):
             again()
+
+
+def test_what_a_target_computes_otherwise_wins_only_in_a_study_begun_with_it() -> None:
+    """ComfyUI rounds the inputs of int8 layers; spaces of earlier versions have int8 beside a16."""
+    graph = trace(tiny_pipeline("dit"))
+    of_now = make_space(graph, "f", schemes=["int8", "fp8"], target="comfy")
+    rounding = make_space(graph, "f", schemes=["int8"], activations=["i8"], target="comfy")
+    held = {name for name, row in rounding.choices.items() if row != (FP,)}
+    assert held and all(Scheme.parse("int8") not in of_now.choices[name] for name in held)
+    before = replace(of_now, choices=rounding.choices)
+    for act, wins in ((16, [False, False, True]), ("i8", [True, True, True])):
+        chosen = {k: LayerChoice(Scheme.parse("int8"), act) for k in held}
+        config = QuantConfig("f", chosen)
+        assert [_deployable(graph, space, config) for space in (of_now, rounding, before)] == wins, act
