@@ -115,7 +115,7 @@ def draw_layer_ranking(
     for i in range(0, len(table), 2):
         axes.axhspan(i - 0.5, i + 0.5, color="#F6F6F6", lw=0, zorder=0)
     axes.set_xlabel(drawing.effect_label(metric, swap))
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
 
 
 def sentence(facts: Facts, found: Tables) -> words.Sentence | None:
