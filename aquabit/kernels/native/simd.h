@@ -46,6 +46,21 @@ INLINE void store(int8_t* x, Bytes v) { *reinterpret_cast<UnalignedBytes*>(x) = 
 INLINE Ints load_ints(const void* x) { return *reinterpret_cast<const UnalignedInts*>(x); }
 INLINE void store_ints(void* x, Ints v) { *reinterpret_cast<UnalignedInts*>(x) = v; }
 
+// Past the caches, where a vector is a line of them and lies as one: memory that is not read first. Other threads see it after the end.
+INLINE bool whole_lines([[maybe_unused]] const float* x) { return AQUABIT_LEVEL == 4 && reinterpret_cast<uintptr_t>(x) % 64 == 0; }
+INLINE void store_past(float* x, Ints v) {
+#if AQUABIT_LEVEL == 4
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(x), (__m512i)v);
+#else
+    store_ints(x, v);
+#endif
+}
+INLINE void end_of_past() {
+#if AQUABIT_LEVEL == 4
+    _mm_sfence();
+#endif
+}
+
 // bfloat16 as float32.
 INLINE Floats load_narrow(const uint16_t* x) {
 #if AQUABIT_LEVEL == 4

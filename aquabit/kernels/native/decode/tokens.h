@@ -5,6 +5,7 @@ struct Rows {
     void* values;
     int64_t length;
     bool narrow;
+    bool past = false;  // the caches: what is written is more than they hold
 
     // Rows [first, first + count) as float32: where they lie, or in ``room``.
     const float* read(const Level& level, int64_t first, int64_t count, float* room) const {
@@ -17,9 +18,9 @@ struct Rows {
 // Results of tokens [first, first + count) and rows [row, row + rows) of the weight, from a tile [rows][stride].
 void put_results(const Level& level, const float* tile, int64_t stride, int64_t first, int64_t count, int64_t row, int64_t rows, const Rows& y) {
     const int64_t at = first * y.length + row;
-    if (!y.narrow) return level.put_tokens(tile, stride, rows, count, static_cast<float*>(y.values) + at, y.length);
+    if (!y.narrow) return level.put_tokens(tile, stride, rows, count, static_cast<float*>(y.values) + at, y.length, y.past);
     float room[kMostVectors * kMostLanes * kMostTile];
-    level.put_tokens(tile, stride, rows, count, room, rows);
+    level.put_tokens(tile, stride, rows, count, room, rows, false);
     for (int64_t t = 0; t < count; ++t) level.narrow(room + t * rows, rows, static_cast<uint16_t*>(y.values) + at + t * y.length);
 }
 
@@ -57,9 +58,10 @@ Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Ro
     const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
     const Activations a = own.activations(values.get(), starts.data(), step_bytes, sums.get(), planned.plan, w.cin);
     const Product product = {m, w, planned, a, vectors, 0, w.out};
+    const Rows results = {y.values, y.length, y.narrow, tokens * y.length >= kPast};
     const auto sink = [&](const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t vector, int64_t n) {
         const int64_t first = vector * lanes;
-        put_results(*m.level, tile, stride, first, std::min(n * lanes, tokens - first), row, rows, y);
+        put_results(*m.level, tile, stride, first, std::min(n * lanes, tokens - first), row, rows, results);
     };
     const int64_t bytes = product.run(&rounded, kMostTile, sink);
     return {1, ratio_of(lost), ratio_of(rounded), bytes};

@@ -9,6 +9,7 @@
 constexpr int kMostLanes = 16, kMostVectors = 2;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
 constexpr int64_t kSmallTile = 16384;  // bytes of decoded weights that a thread may hold of any layer: half of a first-level cache
+constexpr int64_t kPast = 1 << 21;      // results that are written past the caches: 8 MB, more than a second-level cache holds
 constexpr int64_t kDotRows = 4;        // so many tokens are multiplied row by row at once
 constexpr int64_t kFew = 8;            // at most so many in all
 constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits
@@ -157,7 +158,7 @@ struct Level {
     void (*quantize_token)(const float* x, int64_t n, const Grid*, uint8_t* out);
     void (*pack_line)(const void* const* lines, bool narrow, int64_t channels, int64_t count, const Grid* const*, bool wide, int32_t* out,
                       Errors*);
-    void (*put_tokens)(const float* tile, int64_t stride, int64_t rows, int64_t tokens, float* y, int64_t y_stride);
+    void (*put_tokens)(const float* tile, int64_t stride, int64_t rows, int64_t tokens, float* y, int64_t y_stride, bool past);
     void (*put_pixels)(const float* tile, int64_t stride, int64_t rows, const Span* first, const Span* end, int64_t position, void* y,
                        bool narrow, int64_t area);
     bool (*serves_strips)(const Weight&, bool bytes);
