@@ -67,7 +67,7 @@ from aquabit.quant.finetuning.finetune import finetune as tune
 from aquabit.quant.kernel_tuning import MEMORY, Placement, layers_of, place_
 from aquabit.quant.model import QuantizedDenoiser, check_fingerprint
 from aquabit.quant.packed_encoder import save_packed
-from aquabit.runtime import single_thread
+from aquabit.runtime import reuse_memory, single_thread
 from aquabit.scheme import (
     AquabitError,
     Calibration,
@@ -378,6 +378,8 @@ def generate(
         raise AquabitError(
             f"memory {memory!r} chooses by timings, and deterministic images know none; leave one out"
         )
+    if device == "cpu":
+        reuse_memory()
     adapter = adapter_of(load(pipe, device, offload=offload))
     if isinstance(pipe, str):
         free_text_encoders(adapter.pipe)

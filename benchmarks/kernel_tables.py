@@ -283,6 +283,19 @@ def layer_tables(rows: Rows, other: str | None = None) -> str:
     return "\n".join(parts)
 
 
+def levels_section(rows: Rows) -> str:
+    """A line for each case and format, milliseconds and ratios by instructions."""
+    names = list(dict.fromkeys(r["level"] for r in rows))
+    lines = []
+    for (name, scheme), own in _cases(rows, ("case", "scheme")).items():
+        by = {r["level"]: r for r in own}
+        times = [f"{by[n]['ms']:.3f}" if n in by else "" for n in names]
+        over = [spread(by[n]["over_avx2"]) if n in by else "" for n in names if n != "avx2"]
+        lines.append([name, scheme, *times, *over, str(own[0]["rounds"])])
+    head = [f"{n}, ms" for n in names] + [f"avx2 over {n}" for n in names if n != "avx2"]
+    return table(["case", "format", *head, "rounds"], lines)
+
+
 def groups_section(rows: Rows) -> str:
     """A table per shape and tokens: a line for each format, milliseconds and ratios by activations."""
     parts = []
@@ -500,6 +513,13 @@ ABOUT = {
         "Convolutions of U-Nets (3 x 3 of stride 1 where nothing else is said), one image",
         "As above; float32 is the faster of two layouts.",
     ),
+    "levels": (
+        "Sets of instructions",
+        (
+            "The same calls with each that this processor has, one thread, activations at 8 bits. How many"
+            " times as long AVX2 takes."
+        ),
+    ),
     "groups": (
         "Formats with a scale for each group of a row",
         (
@@ -576,6 +596,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "linear": layer_tables,
     "conv": layer_tables,
     "groups": groups_section,
+    "levels": levels_section,
     "attention": attention_section,
     "peers": peers_section,
     "models": models_section,
@@ -591,7 +612,7 @@ def markdown(found: dict[str, Any]) -> str:
     """The whole file; parts that were not measured are left out."""
     parts = [
         "# Kernels\n\nMedians of paired rounds; a ratio above 1 says how many times as long the other takes,"
-        " with quartiles.\n"
+        " with quartiles. Freed memory is kept for the next operation, in other programs too.\n"
     ]
     reached = figures(found)
     if reached:

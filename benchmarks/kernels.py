@@ -5,6 +5,7 @@ linear     DiT-XL/2's layers at 1, 256 and 1024 tokens, one and two threads, aga
 conv       convolutions of U-Nets: 3 x 3, 1 x 1, of stride 2 and in groups, against oneDNN in float32 (the
            better of two layouts) and bfloat16
 groups     formats with a scale for each 16, 32 or 64 weights in a row, against uniform codes of their bits
+levels     layers and attention with each set of instructions that this processor has
 attention  attention with rounded probabilities against torch's own in float32 and bfloat16, and against its
            form in torch
 peers      against torchao's compiled W8A8 and the aqlm package's CPU kernel (extra ``peers``)
@@ -45,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
+from aquabit.runtime import reuse_memory
 from aquabit.scheme import Progress
 from benchmarks.common import RESULTS, section_of
 from benchmarks.kernel_timing import Layer, case, expected, load, threads
@@ -200,6 +202,12 @@ def groups(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick)
 
 
+def levels(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_levels import levels as run
+
+    return run(progress, quick)
+
+
 def models(progress: Progress, quick: bool, only: str = "") -> Rows:
     from benchmarks.kernel_models import models as run
 
@@ -255,6 +263,7 @@ PARTS: dict[str, Callable[..., Rows | Iterator[Rows]]] = {
     "linear": linear,
     "conv": conv,
     "groups": groups,
+    "levels": levels,
     "attention": attention,
     "peers": peers,
     "models": models,
@@ -348,6 +357,7 @@ def main() -> None:
         help="bundled: count this process's time alone, where the machine has other work",
     )
     options = parser.parse_args()
+    reuse_memory()
     folder = Path(os.environ.setdefault("AQUABIT_TIMINGS", str(WORK / "timings")))
     if options.retime:
         shutil.rmtree(folder, ignore_errors=True)

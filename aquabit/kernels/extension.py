@@ -3,12 +3,26 @@ imports them."""
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any, Literal
 
 from torch import Tensor, float32  # before the extension: one libgomp then serves both
 
 from aquabit.errors import AquabitError
+
+INSTRUCTIONS = (
+    "avx512vnni",
+    "avx512",
+    "avxvnni",
+    "avx2",
+    "baseline",
+)  # that kernels are compiled for, best first
+if (_most := os.environ.get("AQUABIT_INSTRUCTIONS", "")) and _most not in INSTRUCTIONS:
+    raise AquabitError(
+        f"AQUABIT_INSTRUCTIONS={_most!r} is unknown; the best that kernels may use is one of"
+        f" {', '.join(INSTRUCTIONS)}"
+    )
 
 native: Any = None
 why_not = ""  # it is not there

@@ -36,6 +36,7 @@ def machine(threads: int) -> dict[str, str]:
     return {
         "cpu": _cpu(),
         "level": torch.backends.cpu.get_cpu_capability(),
+        "instructions": os.environ.get("AQUABIT_INSTRUCTIONS", ""),
         "threads": str(threads),
         "torch": torch.__version__,
         "extension": _extension(),

@@ -24,6 +24,7 @@ from aquabit.kernels.timings import machine
 from aquabit.quant.artifact import contents_of, is_packed, load_packed_denoiser
 from aquabit.quant.kernel_tuning import MEMORY, example_call, format_for, layers_of, place_
 from aquabit.quant.layers import Setting
+from aquabit.runtime import reuse_memory
 from aquabit.scheme import FP, AquabitError, Progress, Rounding, Scheme, no_progress
 
 ADDITIVE = ("aq1x8g8", "aq2x6g8", "aq4x4g8", "aq2x8g8", "aq2x6k", "aq4x4k")
@@ -177,6 +178,7 @@ def bench_artifact(
     torch's threads."""
     if dtype not in PLAIN:
         raise AquabitError(f"dtype {dtype!r} is not timed; it must be {' or '.join(PLAIN)}")
+    reuse_memory()
     component, calls, placed = packed_component(folder), dict[str, Callable[[], object]](), {}
     for memory in MEMORY:
         denoiser = load_packed_denoiser(component, getattr(torch, dtype))

@@ -201,6 +201,18 @@ def test_groups_have_their_figures_and_tables(monkeypatch: pytest.MonkeyPatch) -
     assert text.count("###") == 2 and text.count("| mxfp4 | 4.25 |") == 2 and "0.50 (0.50 to 0.50)" in text
 
 
+def test_instructions_that_a_case_has_not_are_left_empty() -> None:
+    over = {"median": 2.0, "low": 1.5, "high": 2.5}
+    rows = [
+        {"case": c, "scheme": "usq4", "level": n, "ms": 0.5, "rounds": 7, "over_avx2": over}
+        for c, n in (("a layer", "avx512vnni"), ("a layer", "avx2"), ("attention", "avx2"))
+    ]
+    head, _, layer, attention = tables.levels_section(rows).splitlines()[:4]
+    assert "avx512vnni, ms" in head and "avx2 over avx2" not in head
+    assert layer == "| a layer | usq4 | 0.500 | 0.500 | 2.00 (1.50 to 2.50) | 7 |"
+    assert attention == "| attention | usq4 |  | 0.500 |  | 7 |"
+
+
 def test_which_formats_figures_speak_of() -> None:
     assert [
         s for s in ("aq2x8g8", "aq4x4g8", "usq2", "aq2x6g8", "vq3") if tables.two_bits({"format": s})

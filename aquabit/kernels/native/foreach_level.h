@@ -3,7 +3,8 @@
 // run. Included in a kernel's .cpp, inside a namespace, after <string>, <vector> and processor.h.
 //
 // AVX2 and the baseline are always compiled; AQUABIT_AVX512VNNI and AQUABIT_AVX512 ask for AVX-512 with and without
-// its integer dot products. AQUABIT_LEVEL is 4 (AVX-512), 3 (AVX2), 2 (SSE2) or 0 (another processor).
+// its integer dot products, AQUABIT_AVXVNNI for AVX2 with them, which laptops have. AQUABIT_LEVEL is 4 (AVX-512), 3 (AVX2), 2 (SSE2) or
+// 0 (another processor); AQUABIT_VNNI says that there are integer dot products.
 //
 // What is included must call no library code, and what it defines is static: the linker would keep one copy of an
 // inline function for all levels, and that might be one that the processor cannot run.
@@ -45,6 +46,20 @@ constexpr int kLanes = 16;
 #include AQUABIT_EACH_LEVEL
 #undef AQUABIT_LEVEL
 }  // namespace avx512
+AQUABIT_TARGET_END
+#endif
+
+#ifdef AQUABIT_AVXVNNI
+AQUABIT_TARGET_BEGIN("avxvnni,avx2,fma,bmi,popcnt")
+namespace avxvnni {
+constexpr int kLanes = 8;
+#define AQUABIT_LEVEL 3
+#define AQUABIT_VNNI
+#include "simd.h"
+#include AQUABIT_EACH_LEVEL
+#undef AQUABIT_VNNI
+#undef AQUABIT_LEVEL
+}  // namespace avxvnni
 AQUABIT_TARGET_END
 #endif
 
@@ -91,6 +106,9 @@ static const std::vector<NamedLevel>& levels() {
 #endif
 #ifdef AQUABIT_AVX512
         if (own.avx512) found.push_back({"avx512", &avx512::kLevel});
+#endif
+#ifdef AQUABIT_AVXVNNI
+        if (own.avxvnni) found.push_back({"avxvnni", &avxvnni::kLevel});
 #endif
         if (own.avx2) found.push_back({"avx2", &avx2::kLevel});
 #endif

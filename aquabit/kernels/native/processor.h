@@ -1,17 +1,23 @@
 // What this processor has of the instruction sets that kernels are compiled for (foreach_level.h).
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #if defined(__x86_64__)
 #define AQUABIT_X86
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
 struct Processor {
-    bool avx2 = false;    // with fma, bmi and popcnt
-    bool avx512 = false;  // f, bw, dq, vl, besides avx2
-    bool vnni = false;    // besides avx512
+    bool avx2 = false;     // with fma, bmi and popcnt
+    bool avxvnni = false;  // besides avx2
+    bool avx512 = false;   // f, bw, dq, vl, besides avx2
+    bool vnni = false;     // besides avx512
 };
 
+// Of these no better ones than the environment's AQUABIT_INSTRUCTIONS, where that names one (extension.py says what there is).
 inline Processor processor() {
     Processor p;
 #ifdef AQUABIT_X86
@@ -21,6 +27,14 @@ inline Processor processor() {
     p.avx512 = p.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     p.vnni = p.avx512 && __builtin_cpu_supports("avx512vnni");
+    unsigned a = 0, b = 0, c = 0, d = 0;  // leaf 7.1: compilers know that name of the set since gcc 11
+    p.avxvnni = p.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    const char* most = std::getenv("AQUABIT_INSTRUCTIONS");
+    bool* const better[] = {&p.avx2, &p.avxvnni, &p.avx512, &p.vnni};
+    const char* const names[] = {"baseline", "avx2", "avxvnni", "avx512"};
+    for (int i = 0; most && i < 4; ++i)
+        if (std::strcmp(most, names[i]) == 0)
+            for (int k = i; k < 4; ++k) *better[k] = false;
 #endif
     return p;
 }

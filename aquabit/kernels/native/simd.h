@@ -172,12 +172,22 @@ INLINE Shorts pairs(Ints x, Ints w) { return (Shorts)_mm256_maddubs_epi16((__m25
 INLINE Ints widened(Shorts sums) { return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
 #endif
 
+// Bits of the signed values that ``dot`` takes as bytes.
+#ifdef AQUABIT_VNNI
+constexpr int kByteBits = 8;
+#else
+constexpr int kByteBits = 7;
+#endif
+
 // sum + the product of unsigned x and signed w of 8 bits (from AVX2 on), or (``wide``) of both signed of 16, added up by
 // dwords. ``wide`` is a constant where this is called.
 INLINE Ints dot(Ints sum, Ints x, Ints w, [[maybe_unused]] const bool wide) {
-#if defined(AQUABIT_VNNI)
+#if defined(AQUABIT_VNNI) && AQUABIT_LEVEL == 4
     return wide ? (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)w)
                 : (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif defined(AQUABIT_VNNI)
+    return wide ? (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w)
+                : (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
 #elif AQUABIT_LEVEL == 3
     return sum + (wide ? (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w) : widened(pairs(x, w)));
 #elif AQUABIT_LEVEL == 2

@@ -31,6 +31,7 @@ struct Constant {
 };
 
 #define AQUABIT_AVX512VNNI
+#define AQUABIT_AVXVNNI
 #define AQUABIT_AVX512
 #define AQUABIT_EACH_LEVEL "attention/level.h"
 #include "../foreach_level.h"

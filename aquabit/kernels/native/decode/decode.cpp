@@ -32,6 +32,7 @@ namespace nb = nanobind;
 namespace {
 
 #define AQUABIT_AVX512VNNI
+#define AQUABIT_AVXVNNI
 #define AQUABIT_EACH_LEVEL "decode/level.h"
 #include "../foreach_level.h"
 

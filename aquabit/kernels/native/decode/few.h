@@ -31,7 +31,7 @@ INLINE void dot_codes_of(const Weight& w, int64_t row, const uint8_t* x, const G
     for (int64_t n = 0; n < w.segment_count; ++n) {
         const Segment& s = w.segments[n];
         int32_t products[kDotRows + 1];
-        dot_segment(decoded + s.start, x + s.start, w.cin, tokens, s.count, AQUABIT_LEVEL == 4 || w.integers.bits <= 7, products);
+        dot_segment(decoded + s.start, x + s.start, w.cin, tokens, s.count, w.integers.bits <= kByteBits, products);
         const double scale = scale_at(w, row, s.scales) * w.integers.unit, shifted = shifted_at(w, row, s.scales);
         for (int64_t t = 0; t < tokens; ++t)
             result[t] += static_cast<float>(scale) * (products[t] - grids[t].zero * products[tokens]) +

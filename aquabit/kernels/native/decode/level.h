@@ -7,7 +7,7 @@
 // kRows rows times kVectors vectors of positions are multiplied at once. Their sums over all runs stay in registers beside those of one
 // run, since a run may be as short as a group of 16 inputs. Products of all kinds share two ports of the processor: a run of n inputs
 // costs n / 4 integer ones, one with its scale, one with its offset where there are any, and one with zero points that are apart.
-constexpr int kRows = AQUABIT_LEVEL == 4 ? 6 : 4, kVectors = 2;
+constexpr int kRows = kByteBits == 8 ? 6 : 4, kVectors = 2;
 
 // Rows of a block, by once, three and five times their distance: as few registers as that needs.
 struct Far {
@@ -31,7 +31,7 @@ INLINE void end_of_products() {
 #endif
 }
 
-#if AQUABIT_LEVEL == 3
+#if AQUABIT_LEVEL == 3 && !defined(AQUABIT_VNNI)
 // Adds the products of ``steps`` steps of 8 bits. AVX2 has those of pairs in 16 bits, and takes two instructions more to add them in 32;
 // so they are added in 16 first, ``held`` at a time: for codes of 2 and 3 bits (21 and 9 steps) that was 1.05 to 1.18 times as fast as
 // to add each in 32, at 4 steps .92 to 1.08, at 2 steps .8. Registers hold no other sums meanwhile.
@@ -96,7 +96,7 @@ INLINE void multiply_block(const Plan& plan, const Tile& tile, int64_t row, cons
                 const uint8_t* w = slots + piece->slot;
                 const uint8_t* from[kVectors];
                 for (int v = 0; v < vectors; ++v) from[v] = starts[v] + piece->offset;
-#if AQUABIT_LEVEL == 3
+#if AQUABIT_LEVEL == 3 && !defined(AQUABIT_VNNI)
                 if (!wide && plan.held >= kLeastHeld) {
                     multiply_held(rows, w, from, piece->steps, plan.held, step_bytes, vectors, acc);
                     continue;
@@ -229,7 +229,7 @@ static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, boo
 #include "strips.h"
 
 constexpr Level kLevel = {
-    kLanes,      kRows,          kVectors,    AQUABIT_LEVEL >= 3, AQUABIT_LEVEL == 4 ? 8 : 7, multiply,
+    kLanes,      kRows,          kVectors,    AQUABIT_LEVEL >= 3, kByteBits, multiply,
     sum,         fill_codes,     fill_values, decode_row,         token_grid,                 sample_grid,
     pack_tokens, quantize_token, pack_line,   put_tokens,         put_pixels,                 serves_strips,
     cut_strips,  lay_bytes,      lay_floats,  dot_bytes,          dot_floats,                 widen,

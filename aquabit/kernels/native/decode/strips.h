@@ -13,7 +13,7 @@ INLINE bool in_strips(const Weight& w) {
 
 // Whether there are products of bytes for the codes, or tables that registers hold.
 static bool serves_strips(const Weight& w, bool bytes) {
-    if (bytes) return AQUABIT_LEVEL >= 3 && w.integers.there && w.integers.bits <= (AQUABIT_LEVEL == 4 ? 8 : 7) && in_strips(w);
+    if (bytes) return AQUABIT_LEVEL >= 3 && w.integers.there && w.integers.bits <= kByteBits && in_strips(w);
     return in_strips(w) && (!w.tables || (AQUABIT_LEVEL == 4 && w.bits <= 6));
 }
 
