@@ -8,6 +8,8 @@
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t rounded_up(int64_t n, int64_t unit) { return ceil_divide(n, unit) * unit; }
 
+constexpr int64_t kPast = 1 << 21;  // results that are written past the caches: 8 MB, more than a second-level cache holds
+
 // ``count`` values, not initialised, aligned to the longest vectors; a vector may be read or written beyond their end.
 template <class T>
 class Buffer {

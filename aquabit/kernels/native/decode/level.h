@@ -223,6 +223,7 @@ static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, boo
     for (int64_t v = vector; v < vector + vectors; ++v) sum_vectors(plan, a, ones, wide, v, 1);
 }
 
+#include "../put_tokens.h"
 #include "rows.h"
 #include "pack.h"
 #include "few.h"

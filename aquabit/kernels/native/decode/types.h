@@ -9,7 +9,6 @@
 constexpr int kMostLanes = 16, kMostVectors = 2;
 constexpr int64_t kMostTile = 48;      // rows of weights that a thread decodes at once
 constexpr int64_t kSmallTile = 16384;  // bytes of decoded weights that a thread may hold of any layer: half of a first-level cache
-constexpr int64_t kPast = 1 << 21;      // results that are written past the caches: 8 MB, more than a second-level cache holds
 constexpr int64_t kDotRows = 4;        // so many tokens are multiplied row by row at once
 constexpr int64_t kFew = 8;            // at most so many in all
 constexpr int kActivation = 16383;     // of activations that are not quantized: 15 bits

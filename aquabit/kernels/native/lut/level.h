@@ -188,21 +188,7 @@ static void finish(const Call& c, const Tile& t, int64_t from, int64_t to) {
     }
 }
 
-// Columns to tokens: sums [rows, width] to y [count, stride].
-static void tokens_of(const float* sums, int64_t rows, int64_t width, int64_t count, int64_t stride, float* y) {
-    for (int64_t o = 0; o < rows; o += kLanes)
-        for (int64_t t = 0; t < count; t += kLanes) {
-            if (o + kLanes <= rows) {
-                Floats v[kLanes];
-                for (int i = 0; i < kLanes; ++i) v[i] = load(sums + (o + i) * width + t);
-                transpose(v);
-                for (int i = 0; i < kLanes && t + i < count; ++i) store(y + (t + i) * stride + o, v[i]);
-            } else {
-                for (int64_t i = o; i < rows; ++i)
-                    for (int64_t j = t; j < t + kLanes && j < count; ++j) y[j * stride + i] = sums[i * width + j];
-            }
-        }
-}
+#include "../put_tokens.h"
 
 // One token: a table of 256 products (or as many as there are codewords) for every byte of a row, [bytes, size], then scalar sums.
 static void token_products(const float* by_input, int64_t padded, const float* x, int64_t inputs, float* products) {
@@ -239,7 +225,7 @@ static void token_rows(const uint8_t* codes, int64_t row_bytes, int64_t bytes, c
 
 static const Level kLevel = {
     kLanes,  columns_of, squares,   weigh,          product_rows_fast, product_rows_exact, sum_rows, gather_rows,
-    finish,  tokens_of,  token_products, token_pairs, token_rows,
+    finish,  put_tokens,  token_products, token_pairs, token_rows,
 #ifdef AQUABIT_VNNI
     product_rows_dots,
 #else

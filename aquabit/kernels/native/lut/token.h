@@ -100,6 +100,6 @@ void lut_linear(const Level& level, const Call& c, const std::vector<Block>& blo
     const int64_t width = std::max<int64_t>(c.exact ? kTile / 2 : kTile, 2 * level.lanes);
     const Planes planes{x, true, tokens, 0, {0}, {0}, {width}, {0}, width, width};
     run_tiles(level, c, planes, blocks, threads, [&](const float* sums, int64_t q0, int64_t from, int64_t to) {
-        level.tokens_of(sums, to - from, width, std::min(width, tokens - q0), c.out, y + q0 * c.out + from);
+        level.put_tokens(sums, width, to - from, std::min(width, tokens - q0), y + q0 * c.out + from, c.out, tokens * c.out >= kPast);
     });
 }

@@ -58,7 +58,7 @@ struct Level {
     void (*sum_rows)(const void*, int64_t, const void*, int64_t, int64_t, void*, bool);
     void (*gather_rows)(const Call&, const Block&, const Tile&, int64_t, int64_t);
     void (*finish)(const Call&, const Tile&, int64_t, int64_t);
-    void (*tokens_of)(const float*, int64_t, int64_t, int64_t, int64_t, float*);
+    void (*put_tokens)(const float*, int64_t, int64_t, int64_t, float*, int64_t, bool);
     void (*token_products)(const float*, int64_t, const float*, int64_t, float*);
     void (*token_pairs)(const float*, int64_t, const float*, int64_t, float*);
     void (*token_rows)(const uint8_t*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, float*);
