@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aquabit.kernels import rounded_attention, rounded_attention_reference
+from aquabit.kernels import fake_quantize, rounded_attention, rounded_attention_reference
 from aquabit.scheme import Progress
 from benchmarks.kernel_timing import Run, errors, measured_row, paired, threads
 
@@ -24,6 +24,7 @@ CASES = {
 SECONDS = 10.0  # of a case
 THREADS = (1, 2)
 ROUNDED, IN_TORCH = "rounded", "rounded in torch"
+INTEGERS = "rounded, Q and K too"  # to 8 bits for each token, as packed layers give them in float32
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,11 +51,14 @@ def _case(name: str, size: tuple[int, int, int, int, int], seconds: float) -> Ro
             x.to(dtype).transpose(1, 2) for x in (q, k, v)
         ]  # heads side by side in a token, as diffusers has them
         runs |= {f"{kernel} {kind}".strip(): _call(kernel, *own) for kernel in ("", ROUNDED, IN_TORCH)}
+    on_grids = [_on_grid(x).transpose(1, 2) for x in (q, k)]
+    runs[f"{INTEGERS} float32"] = _call(ROUNDED, *on_grids, v.transpose(1, 2))
     exact = {
         (kind, rounded): _in_float64(*(x.to(dtype).double().transpose(1, 2) for x in (q, k, v)), rounded)
         for kind, dtype in KINDS.items()
         for rounded in (False, True)
     }
+    integers = _in_float64(*(x.double() for x in (*on_grids, v.transpose(1, 2))), True)
     rows: Rows = []
     for count in THREADS:
         with threads(count):
@@ -64,13 +68,18 @@ def _case(name: str, size: tuple[int, int, int, int, int], seconds: float) -> Ro
                 dense = {n: [n] for n in KINDS} | {"torch_form": [f"{IN_TORCH} {kind}"]}
                 facts = {"shape": name, "tokens": queries, "keys": keys, "threads": count}
                 own_row = measured_row(run, times, dense)
-                error = errors(call(), exact[kind, bool(kernel)])
+                error = errors(call(), integers if kernel == INTEGERS else exact[kind, bool(kernel)])
                 products = 2 * samples * heads * queries * keys * columns
                 rate = products / own_row["ms"] / 1e6
                 rows.append(
                     {**facts, "format": kernel or None, "kernel": kind, **own_row, **error, "gmac_s": rate}
                 )
     return rows
+
+
+def _on_grid(x: Tensor) -> Tensor:
+    """[samples, tokens, heads, columns] with each token rounded to 8 bits, heads and all."""
+    return fake_quantize(x.flatten(2), 8).view(x.shape)
 
 
 def _call(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Run:

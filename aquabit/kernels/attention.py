@@ -4,10 +4,11 @@ CPU, and the op that torch.compile sees.
 ``y = Q(softmax(q k^T scale + mask)) v``, with Q the grid of ``fake_quantize`` for each query, from its least
 to its largest probability. The reference makes the scores of some queries at a time and leaves the rest to
 torch. The kernel takes blocks of queries through two passes over their keys: scores, their least and largest,
-which say the grid; then exponentials, rounded at once, times the values. Scores are float32; with AVX-512
-VNNI the rounded probabilities, which are integers, meet values of 16 bits (a step for each channel of 128
-keys). Results are within 2e-4 of float64's, by norm; nearly all of that is probabilities halfway between two
-points of the grid, where float32's own rounding decides.
+which say the grid; then exponentials, rounded at once, times the values. Scores are float32; with VNNI those
+of Q and K that lie on a grid for each token (as layers round them, to 8 or 6 bits or "i8", heads side by
+side) are sums of integers, and the rounded probabilities, integers too, meet values of 16 bits (a step for
+each channel of 128 keys). Results are within 2e-4 of float64's, by norm; nearly all of that is probabilities
+halfway between two points of the grid, where float32's own rounding decides.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _rounded_attention_cpu(
         q_rows, k_rows, v_rows = (_rows(t, wide, sizes) for t in (q, k, v))
         seen = None if mask is None else mask.float() if mask.dtype == torch.float16 else mask
         seen = None if seen is None else seen.expand(*sizes, q.shape[-2], k.shape[-2])
-        if _native.attention(
+        if _native.attention(  # 2 where Q and K are on grids and were multiplied as integers, 1 where not
             q_rows.data_ptr(),
             k_rows.data_ptr(),
             v_rows.data_ptr(),

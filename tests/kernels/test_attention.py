@@ -13,8 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquabit.kernels import attention, fake_quantize_reference, rounded_attention, rounded_attention_reference
+from aquabit.kernels import (
+    attention,
+    fake_quantize,
+    fake_quantize_reference,
+    rounded_attention,
+    rounded_attention_reference,
+)
 from aquabit.kernels.attention import attention_levels
+from aquabit.kernels.extension import native
 from aquabit.scheme import AquabitError
 
 LEVELS = attention_levels()
@@ -203,6 +210,85 @@ def test_leading_dimensions_are_broadcast() -> None:
     assert gap(rounded_attention(q[0], k[0], v[0], more), in_float64(q[0], k[0], v[0], more)) < 5e-4
     five = rounded_attention(*(x[:, None].expand(2, 2, 3, *x.shape[-2:]) for x in (q, k, v)))
     assert torch.equal(five[:, 1], rounded_attention(q, k, v))
+
+
+def on_grids(
+    leading: tuple[int, int], shape: tuple[int, int, int, int], act: Any, shift: float = 0.0
+) -> list[Tensor]:
+    """Q and K as layers round them, a grid for each token over all its heads, which lie side by side."""
+    found = []
+    for x, rounded in zip(inputs(leading, shape), (True, True, False), strict=True):
+        tokens = (x + shift).transpose(1, 2).flatten(2).contiguous()
+        tokens = fake_quantize(tokens, act) if rounded else tokens
+        found.append(tokens.view(leading[0], tokens.shape[1], leading[1], -1).transpose(1, 2))
+    return found
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the extension said of each call: 2 where Q and K were multiplied as integers."""
+    said: list[int] = []
+
+    class Told:
+        def attention(self, *given: Any) -> int:
+            said.append(native.attention(*given))
+            return said[-1]
+
+    monkeypatch.setattr(attention, "_native", Told())
+    return said
+
+
+@needs_native
+@every_level
+@pytest.mark.parametrize("act", [8, 6, "i8"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] >= 64 and s[2] > 5], ids=str)
+def test_rounded_q_and_k_are_multiplied_as_integers(
+    level: str, shape: tuple[int, int, int, int], act: Any, multiplied: list[int]
+) -> None:
+    q, k, v = on_grids((2, 3), shape, act)
+    assert gap(rounded_attention(q, k, v, level=level), in_float64(q, k, v)) < CLOSE[torch.float32]
+    assert multiplied == [2 if level.endswith("vnni") else 1]
+
+
+@needs_native
+@every_level
+def test_grids_far_from_zero_masks_and_constant_tokens(level: str, multiplied: list[int]) -> None:
+    torch.manual_seed(0)
+    for shift in (3.0, -5.0):
+        q, k, v = on_grids((2, 3), (35, 77, 40, 40), 8, shift)
+        k = k.contiguous().transpose(1, 2).contiguous().transpose(1, 2)
+        k[:, :, 5], k[:, :, 7], q[:, :, 3] = 0.0, 0.25, 0.0
+        mask = MASKS["queries and keys"](2, 3, 35, 77)
+        made = rounded_attention(q, k, v, mask, level=level)
+        assert gap(made, in_float64(q, k, v, mask)) < CLOSE[torch.float32]
+    assert multiplied == [2 if level.endswith("vnni") else 1] * 2
+
+
+@needs_native
+@every_level
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k"])
+def test_one_value_beside_its_grid_is_not_moved_to_it(level: str, which: int, multiplied: list[int]) -> None:
+    given = on_grids((1, 2), (70, 129, 40, 40), 8)
+    given[which][0, 1, 60, 11] += 0.4 * (given[which].amax() - given[which].amin()) / 255
+    assert gap(rounded_attention(*given, level=level), in_float64(*given)) < CLOSE[torch.float32]
+    given[which][0, 1, 60, 11] = torch.nan
+    torch.testing.assert_close(
+        rounded_attention(*given, level=level).isnan(), in_float64(*given).float().isnan()
+    )
+    assert 2 not in multiplied and len(multiplied) == 2
+
+
+@needs_native
+@every_level
+def test_a_sample_does_not_depend_on_grids_of_others(level: str, multiplied: list[int]) -> None:
+    q, k, v = on_grids((3, 2), (70, 129, 40, 40), 8)
+    apart = [x.contiguous().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    apart[0][1, 0, 33, 7] += 0.3 * (q.amax() - q.amin()) / 255
+    made = rounded_attention(*apart, level=level)
+    assert torch.equal(made[[0, 2]], rounded_attention(q, k, v, level=level)[[0, 2]])
+    alone = [x[1:2] for x in apart]
+    assert torch.equal(made[1:2], rounded_attention(*alone, level=level))
+    assert multiplied == [1, 2 if level.endswith("vnni") else 1, 1]
 
 
 @needs_native

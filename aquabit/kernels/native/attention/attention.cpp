@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kScoresBytes = 1 << 19;   // of a block, at most, which the second-level cache holds beside other things
 constexpr int64_t kMostQueries = 64;        // of a block
+constexpr int64_t kFewKeys = 64;            // for so few a grid is not looked for
 constexpr int64_t kParallel = 1 << 20;      // fewer multiply-adds than this are done before other threads are awake
 
 template <int number>
@@ -44,9 +45,45 @@ Rows rows_of(uintptr_t address, const Numbers& strides, size_t dimensions, bool 
     return {reinterpret_cast<void*>(address), strides.data(), strides[dimensions], narrow};
 }
 
-// q [sizes.., n, d], k [sizes.., m, d], v [sizes.., m, e] to y [sizes.., n, e]; all bfloat16 or (not ``narrow``) float32. False where
-// a value is not finite or beyond 1e30: y is not complete then.
-bool attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y, uintptr_t mask, const Numbers& q_strides, const Numbers& k_strides,
+// Steps of the tokens of each sample of Q and K, and whether there are some for all of them.
+struct Grids {
+    std::vector<Step> q, k;
+    std::vector<char> whole;
+};
+
+// Of ``count`` tokens of sample ``sample``, whose heads lie side by side.
+bool read_steps(const Level& at, const Attention& a, const Rows& rows, StepKind kind, int64_t sample, int64_t count, int64_t threads,
+                Step* steps) {
+    const int64_t last = a.dimensions - 1, length = (a.dimensions ? a.sizes[last] : 1) * a.d;
+    int64_t offset = 0;
+    for (int64_t i = last - 1; i >= 0; sample /= a.sizes[i--]) offset += sample % a.sizes[i] * rows.strides[i];
+    const float* const tokens = static_cast<const float*>(rows.data) + offset;
+    if (!at.step_of(kind, tokens, length, steps)) return false;  // mostly the first one shows it
+    std::atomic<bool> all{true};
+    in_parts(count, count * length > kParallel / 4 ? threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
+        for (int64_t t = from; t < to && all; ++t)
+            if (!at.step_of(kind, tokens + t * rows.stride, length, steps + t)) all = false;
+    });
+    return all;
+}
+
+// Each sample for itself, so that none depends on others of its batch.
+Grids find_grids(const Level& at, const Attention& a, int64_t samples, int64_t threads) {
+    Grids g = {std::vector<Step>(samples * a.n), std::vector<Step>(samples * a.m), std::vector<char>(samples, 0)};
+    const int64_t last = a.dimensions - 1;
+    if (last >= 0 && a.sizes[last] > 1 && (a.q.strides[last] != a.d || a.k.strides[last] != a.d)) return g;
+    for (int64_t s = 0; s < samples; ++s)
+        for (const StepKind kind : {StepKind::eight, StepKind::six, StepKind::symmetric})
+            if (read_steps(at, a, a.q, kind, s, a.n, threads, &g.q[s * a.n])) {
+                g.whole[s] = read_steps(at, a, a.k, kind, s, a.m, threads, &g.k[s * a.m]);
+                break;
+            }
+    return g;
+}
+
+// q [sizes.., n, d], k [sizes.., m, d], v [sizes.., m, e] to y [sizes.., n, e]; all bfloat16 or (not ``narrow``) float32. 0 where
+// a value is not finite or beyond 1e30: y is not complete then; else 2 where all of Q and K were multiplied as integers, and 1.
+int64_t attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y, uintptr_t mask, const Numbers& q_strides, const Numbers& k_strides,
             const Numbers& v_strides, const Numbers& y_strides, const Numbers& mask_strides, int64_t mask_kind, const Numbers& sizes,
             const Numbers& lengths, float scale, bool narrow, int64_t threads, int64_t level) {
     const size_t d = sizes.size();
@@ -57,19 +94,26 @@ bool attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t y, uintptr_t mask, 
     for (const int64_t size : sizes) heads *= size;
     Attention a{rows_of(q, q_strides, d, narrow), rows_of(k, k_strides, d, narrow), rows_of(v, v_strides, d, narrow),
                 rows_of(y, y_strides, d, narrow), {static_cast<MaskKind>(mask_kind), nullptr, nullptr, 0, 0},
-                sizes.data(), static_cast<int64_t>(d), lengths[0], lengths[1], lengths[2], lengths[3], 0, scale};
+                sizes.data(), static_cast<int64_t>(d), lengths[0], lengths[1], lengths[2], lengths[3], 0, scale, nullptr, nullptr, nullptr, false};
     if (mask_kind) a.mask = {a.mask.kind, reinterpret_cast<const void*>(mask), mask_strides.data(), mask_strides[d], mask_strides[d + 1]};
     threads = heads * a.n * a.m * (a.d + a.e) > kParallel ? threads : 1;
     // As many queries as the cache holds scores of, fewer where there is not a block for each thread.
     const int64_t held = std::clamp(kScoresBytes / (4 * a.m), at.rows, kMostQueries);
     a.block = rounded_up(std::min({held, a.n, ceil_divide(heads * a.n, threads)}), at.rows);
+    Grids grids;
+    if (at.step_of && !narrow && a.m >= kFewKeys) {
+        grids = find_grids(at, a, d ? heads / sizes[d - 1] : 1, threads);
+        const auto on_grid = std::count(grids.whole.begin(), grids.whole.end(), 1);
+        a.q_steps = grids.q.data(), a.k_steps = grids.k.data(), a.whole = on_grid ? grids.whole.data() : nullptr;
+        a.all_whole = on_grid == static_cast<int64_t>(grids.whole.size());
+    }
     const int64_t room = at.room(a);
     std::atomic<bool> finite{true};
     in_parts(heads * a.blocks(), threads, 1, [&](int64_t from, int64_t to, int64_t) {
         const Buffer<unsigned char> own(room);
         if (!at.part(a, from, to, own.get())) finite = false;
     });
-    return finite;
+    return !finite ? 0 : a.all_whole ? 2 : 1;
 }
 
 }  // namespace

@@ -9,8 +9,10 @@ struct Grid {
 // Where the parts of a thread's room begin; ``bytes`` is what they take.
 struct Head {
     int64_t key_vectors, keys, q_stride, value_vectors, value_blocks, vector_bytes, block_bytes, scores_stride, bytes = 0;
+    int64_t quads, byte_stride;  // dwords of the bytes of a row of Q or K, and bytes from row to row
+    float *k_step, *k_shift, *k_total, *q_step, *q_sum, *q_zero;
     float *q, *k, *key_rows, *v_scale, *v_total, *scores, *high, *low, *sum, *out, *mask;
-    uint8_t *v, *probabilities;
+    uint8_t *v, *probabilities, *q_bytes, *k_bytes, *key_bytes;
     Grid* grids;
 
     Head(const Attention& a, uint8_t* room) {
@@ -18,7 +20,13 @@ struct Head {
         value_vectors = (a.e + kLanes - 1) / kLanes, value_blocks = (a.m + kBlock - 1) / kBlock;
         vector_bytes = kBlock / Weighted::per * kBytes, block_bytes = value_vectors * vector_bytes;
         scores_stride = keys + kLanes;  // rows of a power of two of bytes would share few sets of a cache
-        take(&q, a.block * q_stride * 4, room), take(&k, keys * a.d * 4, room), take(&key_rows, kLanes * q_stride * 4, room);
+        quads = (a.d + 3) / 4, byte_stride = 4 * whole_vectors(quads);
+        const bool whole = a.whole;
+        take(&q, a.all_whole ? 0 : a.block * q_stride * 4, room), take(&k, a.all_whole ? 0 : keys * a.d * 4, room);
+        take(&key_rows, kLanes * q_stride * 4, room), take(&q_bytes, whole ? a.block * byte_stride : 0, room);
+        take(&k_bytes, whole ? keys * quads * 4 : 0, room), take(&key_bytes, kLanes * byte_stride, room);
+        for (float** each : {&k_step, &k_shift, &k_total}) take(each, whole ? keys * 4 : 0, room);
+        for (float** each : {&q_step, &q_sum, &q_zero}) take(each, a.block * 4, room);
         take(&v, value_blocks * block_bytes, room), take(&v_scale, value_blocks * value_vectors * kBytes, room);
         take(&v_total, value_vectors * kBytes, room), take(&scores, a.block * scores_stride * 4, room);
         take(&high, a.block * kBytes, room), take(&low, a.block * kBytes, room), take(&sum, a.block * kBytes, room);
@@ -35,6 +43,40 @@ struct Head {
 };
 
 constexpr float kLog2E = 1.44269504f;  // scores are in units of log 2, so that exponentials are powers of two
+
+#ifdef AQUABIT_VNNI
+INLINE const float* wide_row(const Rows& rows, int64_t i) { return static_cast<const float*>(row_of(rows, i)); }
+
+// The same of the bytes: with u and z of a query and a key, the sum of (u - z) (u' - z') is that of u (u' - 128), and (128 - z') times
+// the sum of u, less z times the sum of u' - z'.
+INLINE void pack_keys_whole(const Attention& a, const Rows& k, const Step* steps, const Head& h) {
+    for (int64_t first = 0; first < a.m; first += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int64_t at = smaller_of(first + lane, a.m - 1);
+            const Step& s = steps[at];
+            const int32_t sum = pack_bytes(wide_row(k, at), a.d, s, 128, h.key_bytes + lane * h.byte_stride), shift = 128 - s.zero;
+            h.k_step[first + lane] = s.step, h.k_shift[first + lane] = s.step * shift;
+            h.k_total[first + lane] = s.step * (sum + static_cast<int32_t>(a.d) * shift);
+        }
+        interleave(reinterpret_cast<const float*>(h.key_bytes), h.byte_stride / 4, h.quads,
+                   reinterpret_cast<float*>(h.k_bytes + first * h.quads * 4));
+    }
+}
+
+INLINE void pack_queries_whole(const Attention& a, const Rows& q, const Step* steps, int64_t first, int64_t count, int64_t rows, const Head& h) {
+    for (int64_t i = 0; i < rows; ++i) {
+        uint8_t* to = h.q_bytes + i * h.byte_stride;
+        if (i >= count) {
+            for (int64_t at = 0; at < h.byte_stride; ++at) to[at] = 0;
+            h.q_step[i] = h.q_sum[i] = h.q_zero[i] = 0;
+            continue;
+        }
+        const Step& s = steps[first + i];
+        const int32_t sum = pack_bytes(wide_row(q, first + i), a.d, s, 0, to);
+        h.q_step[i] = s.step * a.scale * kLog2E, h.q_sum[i] = h.q_step[i] * sum, h.q_zero[i] = -h.q_step[i] * s.zero;
+    }
+}
+#endif
 
 // Keys beyond the last one are copies of it, so that they change neither the least nor the largest score.
 INLINE bool pack_keys(const Attention& a, const Rows& k, const Head& h) {
@@ -69,22 +111,35 @@ INLINE bool pack_queries(const Attention& a, const Rows& q, int64_t first, int64
 }
 
 // Scores of a block of queries and all keys, with the least and the largest of each lane.
-INLINE void make_scores(const Attention& a, int64_t rows, const Head& h) {
+INLINE void make_scores(const Attention& a, [[maybe_unused]] bool whole, int64_t rows, const Head& h) {
     for (int64_t i = 0; i < rows * kLanes; i += kLanes) {
         store(h.high + i, splat(-__builtin_inff()));
         store(h.low + i, splat(__builtin_inff()));
     }
+    const auto put = [&](int64_t row, int64_t vector, Floats s) __attribute__((always_inline)) {
+        const int64_t i = row * kLanes;
+        store(h.scores + row * h.scores_stride + vector * kLanes, s);
+        store(h.high + i, larger(load(h.high + i), s));
+        store(h.low + i, lesser(load(h.low + i), s));
+    };
+#ifdef AQUABIT_VNNI
+    if (whole)
+        return in_tiles(h.key_vectors, [&](auto vectors, int64_t first) __attribute__((always_inline)) {
+            for (int64_t row = 0; row < rows; row += kRows)
+                tile<Quarters, decltype(vectors)::value>(
+                    h.q_bytes + row * h.byte_stride, h.byte_stride, h.k_bytes + first * kLanes * h.quads * 4, h.quads * kBytes, h.quads,
+                    [&](int r, int v, Floats s) __attribute__((always_inline)) {
+                        const int64_t i = row + r, key = (first + v) * kLanes;
+                        put(i, first + v, s * h.q_step[i] * load(h.k_step + key) + h.q_sum[i] * load(h.k_shift + key) + h.q_zero[i] * load(h.k_total + key));
+                    });
+        });
+#endif
     in_tiles(h.key_vectors, [&](auto vectors, int64_t first) __attribute__((always_inline)) {
         for (int64_t row = 0; row < rows; row += kRows)
             tile<Real, decltype(vectors)::value>(
                 reinterpret_cast<const uint8_t*>(h.q + row * h.q_stride), h.q_stride * 4,
                 reinterpret_cast<const uint8_t*>(h.k + first * kLanes * a.d), a.d * kBytes, a.d,
-                [&](int r, int v, Floats s) __attribute__((always_inline)) {
-                    const int64_t i = (row + r) * kLanes;
-                    store(h.scores + (row + r) * h.scores_stride + (first + v) * kLanes, s);
-                    store(h.high + i, larger(load(h.high + i), s));
-                    store(h.low + i, lesser(load(h.low + i), s));
-                });
+                [&](int r, int v, Floats s) __attribute__((always_inline)) { put(row + r, first + v, s); });
     });
 }
 
@@ -192,11 +247,19 @@ INLINE void write_rows(const Attention& a, const Rows& y, int64_t first, int64_t
 static bool run_blocks(const Attention& a, int64_t head, int64_t first, int64_t last, uint8_t* room) {
     const Head h(a, room);
     const Rows q = of_head(a, a.q, head), y = of_head(a, a.y, head);
-    if (!pack_keys(a, of_head(a, a.k, head), h) || !pack_values(a, of_head(a, a.v, head), h)) return false;
+    const int64_t sample = a.dimensions ? head / a.sizes[a.dimensions - 1] : 0;
+    const bool whole = a.whole && a.whole[sample];  // in a level with AQUABIT_VNNI only
+#ifdef AQUABIT_VNNI
+    if (whole) pack_keys_whole(a, of_head(a, a.k, head), a.k_steps + sample * a.m, h);
+#endif
+    if ((!whole && !pack_keys(a, of_head(a, a.k, head), h)) || !pack_values(a, of_head(a, a.v, head), h)) return false;
     for (int64_t block = first; block < last; ++block) {
         const int64_t start = block * a.block, count = smaller_of(a.block, a.n - start), rows = (count + kRows - 1) / kRows * kRows;
-        if (!pack_queries(a, q, start, count, rows, h)) return false;
-        make_scores(a, rows, h);
+#ifdef AQUABIT_VNNI
+        if (whole) pack_queries_whole(a, q, a.q_steps + sample * a.n, start, count, rows, h);
+#endif
+        if (!whole && !pack_queries(a, q, start, count, rows, h)) return false;
+        make_scores(a, whole, rows, h);
         if (a.mask.kind != MaskKind::none)
             for (int64_t i = 0; i < count; ++i) add_mask(a, head, start + i, i, h);
         for (int64_t i = 0; i < rows; ++i) {
