@@ -12,6 +12,7 @@ from torch import Tensor, float32  # before the extension: one libgomp then serv
 from aquabit.errors import AquabitError
 
 INSTRUCTIONS = (
+    "amx",
     "avx512vnni",
     "avx512",
     "avxvnni",

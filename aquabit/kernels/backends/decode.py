@@ -58,7 +58,7 @@ def decode_levels() -> list[str]:
 def multiplies_integers() -> bool:
     """Whether activations of at most 8 bits meet codes as integers in one instruction here (VNNI): whole
     models then run faster packed than dense (benchmarks/results/kernels.md)."""
-    return _LEVELS[:1] in (("avx512vnni",), ("avxvnni",))
+    return _LEVELS[:1] in (("amx",), ("avx512vnni",), ("avxvnni",))
 
 
 def decode_refuses(

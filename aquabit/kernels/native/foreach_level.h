@@ -3,7 +3,8 @@
 // run. Included in a kernel's .cpp, inside a namespace, after <string>, <vector> and processor.h.
 //
 // AVX2 and the baseline are always compiled; AQUABIT_AVX512VNNI and AQUABIT_AVX512 ask for AVX-512 with and without
-// its integer dot products, AQUABIT_AVXVNNI for AVX2 with them, which laptops have. AQUABIT_LEVEL is 4 (AVX-512), 3 (AVX2), 2 (SSE2) or
+// its integer dot products, AQUABIT_AVXVNNI for AVX2 with them, which laptops have; AQUABIT_TILES names the
+// file of what AMX does otherwise than AVX512VNNI. AQUABIT_LEVEL is 4 (AVX-512), 3 (AVX2), 2 (SSE2) or
 // 0 (another processor); AQUABIT_VNNI says that there are integer dot products.
 //
 // What is included must call no library code, and what it defines is static: the linker would keep one copy of an
@@ -34,6 +35,20 @@ constexpr int kLanes = 16;
 #undef AQUABIT_VNNI
 #undef AQUABIT_LEVEL
 }  // namespace avx512vnni
+AQUABIT_TARGET_END
+#endif
+
+#ifdef AQUABIT_TILES
+AQUABIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,avx2,fma,bmi,popcnt")
+namespace amx {
+constexpr int kLanes = 16;
+#define AQUABIT_LEVEL 4
+#define AQUABIT_VNNI
+#include "simd.h"
+#include AQUABIT_TILES
+#undef AQUABIT_VNNI
+#undef AQUABIT_LEVEL
+}  // namespace amx
 AQUABIT_TARGET_END
 #endif
 
@@ -101,6 +116,9 @@ static const std::vector<NamedLevel>& levels() {
         std::vector<NamedLevel> found;
         [[maybe_unused]] const Processor own = processor();
 #ifdef AQUABIT_X86
+#ifdef AQUABIT_TILES
+        if (own.amx) found.push_back({"amx", &amx::kLevel});
+#endif
 #ifdef AQUABIT_AVX512VNNI
         if (own.vnni) found.push_back({"avx512vnni", &avx512vnni::kLevel});
 #endif

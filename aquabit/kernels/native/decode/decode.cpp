@@ -33,6 +33,7 @@ namespace {
 
 #define AQUABIT_AVX512VNNI
 #define AQUABIT_AVXVNNI
+#define AQUABIT_TILES "decode/tiles.h"
 #define AQUABIT_EACH_LEVEL "decode/level.h"
 #include "../foreach_level.h"
 

@@ -89,7 +89,7 @@ void pack_step(const Method& m, const Convolution& c, const Layout& l, const Pix
 Images pack_images(const Method& m, const Convolution& c, const Layout& l, const Pixels& x) {
     const int64_t ranges = c.split ? 2 : 1, area = c.height * c.width, per = m.per(), inputs = c.channels / c.groups;
     const int64_t tail = 4 * m.level->lanes * (m.level->vectors + 1), threads = c.samples * c.channels * area > 32768 ? m.threads : 1;
-    Images all = {Buffer<uint8_t>(c.samples * l.sample_bytes + tail), std::vector<Grid>(ranges * c.samples), {0, 0}, true};
+    Images all = {Buffer<uint8_t>(c.samples * l.sample_bytes + tail + m.beyond(l.step_bytes)), std::vector<Grid>(ranges * c.samples), {0, 0}, true};
     std::memset(all.values.get() + c.samples * l.sample_bytes, 0, tail);
     std::vector<char> usable(ranges * c.samples, 1);
     in_parts(ranges * c.samples, threads, 1, [&](int64_t from, int64_t to, int64_t) {
@@ -133,7 +133,7 @@ Outcome conv_product(const Method& m, const Weight& w, const Convolution& c, con
     for (int64_t group = 0; group < c.groups; ++group) {
         Planned planned;
         const int64_t split = c.split ? std::clamp<int64_t>(c.split - group * w.cin, 0, w.cin) : w.cin;
-        make_plan(w, {l.taps, l.step_bytes, group * l.group_bytes / l.step_bytes, split}, m.per(), m.limit, m.by_scale, &planned);
+        make_plan(w, {l.taps, l.step_bytes, group * l.group_bytes / l.step_bytes, split}, m.per(), m.limit, m.by_scale, m.level->steps, &planned);
         const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
         const Activations a = own.activations(images.values.get(), l.starts.data(), l.step_bytes, sums.get(), planned.plan, w.length());
         const Product product = {m, w, planned, a, vectors, group * rows, rows};

@@ -42,8 +42,9 @@ inline std::vector<Segment> stretches_of(const std::vector<Segment>& segments, i
     return all;
 }
 
-// Runs of at most ``limit`` inputs, under one scale where ``by_scale``; steps of ``per`` inputs.
-inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t limit, bool by_scale, Planned* out) {
+// Runs of at most ``limit`` inputs, under one scale where ``by_scale``; steps of ``per`` inputs; slots of whole ``unit`` steps.
+inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t limit, bool by_scale, int64_t unit,
+                      Planned* out) {
     int64_t slot = 0;
     const std::vector<Segment> segments = plan_segments(w);
     for (int64_t number = 0; number < 2; ++number) {
@@ -62,15 +63,15 @@ inline void make_plan(const Weight& w, const Place& place, int64_t per, int64_t 
                     {place.taps[s.tap] + (place.first_step + at / per) * place.step_bytes, steps, slot, lead, s.tap * w.cin + at, count});
                 out->runs.back().last = here + 1;
                 out->runs.back().inputs += count;
-                slot += 4 * steps;
+                slot += 4 * rounded_up(steps, unit);
                 at = next;
             }
         }
         const int64_t last_run = static_cast<int64_t>(out->runs.size());
         if (last_run > first_run) out->ranges.push_back({first_run, last_run, number});
     }
-    const bool straight = per == 4 && std::all_of(out->pieces.begin(), out->pieces.end(), [](const Piece& p) {
-        return p.lead == 0 && p.slot == p.from && p.count % 4 == 0;
+    const bool straight = per == 4 && std::all_of(out->pieces.begin(), out->pieces.end(), [&](const Piece& p) {
+        return p.lead == 0 && p.slot == p.from && p.count % (4 * unit) == 0;
     });
     const int64_t runs = static_cast<int64_t>(out->runs.size()), inputs = runs ? out->runs[0].inputs : 0;
     const bool even = straight && inputs % 4 == 0 && (inputs & (inputs - 1)) == 0 && out->pieces.size() == out->runs.size() &&

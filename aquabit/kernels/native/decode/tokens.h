@@ -30,7 +30,7 @@ Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Ro
     const int64_t step_bytes = 4 * lanes * size, steps = (w.cin + m.per() - 1) / m.per(), block_bytes = steps * step_bytes;
     std::vector<int64_t> starts;
     for (int64_t v = 0; v < vectors; ++v) starts.push_back(v / size * block_bytes + v % size * 4 * lanes);
-    const Buffer<uint8_t> values((vectors + size - 1) / size * block_bytes);
+    const Buffer<uint8_t> values((vectors + size - 1) / size * block_bytes + m.beyond(step_bytes));
     std::vector<Grid> grids(positions, Grid{0, 0, 0, 0, 0, 0, 0});
     std::vector<Errors> errors(vectors, Errors{0, 0});
     std::vector<char> usable(vectors, 1);
@@ -53,7 +53,7 @@ Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Ro
     }
     if (ratio_of(lost) > kMostLost) return {0, ratio_of(lost), 0, 0};
     Planned planned;
-    make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.by_scale, &planned);
+    make_plan(w, {{0}, step_bytes, 0, w.cin}, m.per(), m.limit, m.by_scale, m.level->steps, &planned);
     const Positions own(1, positions, [&](int64_t, int64_t t) { return t < tokens ? &grids[t] : nullptr; });
     const Buffer<float> sums(m.codes ? planned.plan.run_count * positions : 0);
     const Activations a = own.activations(values.get(), starts.data(), step_bytes, sums.get(), planned.plan, w.cin);

@@ -19,6 +19,7 @@ constexpr int64_t kOwnRun = 64;        // groups of scales of so many inputs or 
 constexpr int64_t kShortRun = 128;       // inputs of a run up to which a product more is felt
 constexpr int64_t kFarthestZero = 64;   // steps from the zero points' middle up to which float32 takes off the rest: it adds an error of
                                         // at most 1e-5, where codes all have one sign and all but 2 of 320 inputs are zero
+constexpr int64_t kTileSteps = 16;      // of a product of tiles
 constexpr int64_t kLongestRun = 16384;  // of 8 bits times 8 bits: their sums fit 128 times 16 bits
 
 // Codes as whole numbers: a code, or what ``levels`` has for it (16 of them; null: itself), times ``step`` less ``center`` is an integer
@@ -171,4 +172,9 @@ struct Level {
     void (*dot_codes)(const Weight&, int64_t row, const uint8_t* x, const Grid*, const int32_t* sums, int64_t tokens, int8_t* room,
                       float* y, int64_t y_stride);
     void (*dot_values)(const Weight&, int64_t row, const float* x, int64_t tokens, float* room, float* y, int64_t y_stride);
+    // Of tiles (AMX): a thread's state before and after products (else null), steps that pieces are padded to, and what serves other products.
+    void (*enter)() = nullptr;
+    void (*leave)() = nullptr;
+    int64_t steps = 1;
+    const Level* without = nullptr;
 };
