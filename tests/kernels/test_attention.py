@@ -25,6 +25,7 @@ from aquabit.kernels.extension import native
 from aquabit.scheme import AquabitError
 
 LEVELS = attention_levels()
+INTEGERS = ("amx", "avx512vnni", "avxvnni")  # whose products of Q and K are those of integers
 needs_native = pytest.mark.skipif(not LEVELS, reason="the C++ extension was not built")
 every_level = pytest.mark.parametrize("level", LEVELS)
 # queries, keys, columns of q and k, columns of v
@@ -247,7 +248,7 @@ def test_rounded_q_and_k_are_multiplied_as_integers(
 ) -> None:
     q, k, v = on_grids((2, 3), shape, act)
     assert gap(rounded_attention(q, k, v, level=level), in_float64(q, k, v)) < CLOSE[torch.float32]
-    assert multiplied == [2 if level.endswith("vnni") else 1]
+    assert multiplied == [2 if level in INTEGERS else 1]
 
 
 @needs_native
@@ -261,7 +262,7 @@ def test_grids_far_from_zero_masks_and_constant_tokens(level: str, multiplied: l
         mask = MASKS["queries and keys"](2, 3, 35, 77)
         made = rounded_attention(q, k, v, mask, level=level)
         assert gap(made, in_float64(q, k, v, mask)) < CLOSE[torch.float32]
-    assert multiplied == [2 if level.endswith("vnni") else 1] * 2
+    assert multiplied == [2 if level in INTEGERS else 1] * 2
 
 
 @needs_native
@@ -288,7 +289,7 @@ def test_a_sample_does_not_depend_on_grids_of_others(level: str, multiplied: lis
     assert torch.equal(made[[0, 2]], rounded_attention(q, k, v, level=level)[[0, 2]])
     alone = [x[1:2] for x in apart]
     assert torch.equal(made[1:2], rounded_attention(*alone, level=level))
-    assert multiplied == [1, 2 if level.endswith("vnni") else 1, 1]
+    assert multiplied == [1, 2 if level in INTEGERS else 1, 1]
 
 
 @needs_native
@@ -452,3 +453,14 @@ def test_without_the_extension_the_reference_serves() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="the processor has no tiles")
+@pytest.mark.parametrize("grid", [None, 8, 6, "i8"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] >= 64 and s[2] > 5], ids=str)
+def test_tiles_are_the_same_to_the_bit(shape: tuple[int, int, int, int], grid: Any) -> None:
+    q, k, v = inputs((2, 3), shape) if grid is None else on_grids((2, 3), shape, grid)
+    mask = MASKS["queries and keys"](2, 3, shape[0], shape[1])
+    for given in ((q, k, v), (q, k, v, mask), (q.bfloat16(), k.bfloat16(), v.bfloat16())):
+        tiles, without = (rounded_attention(*given, level=level) for level in ("amx", "avx512vnni"))
+        assert torch.equal(tiles, without)

@@ -4,7 +4,7 @@
 //
 // AVX2 and the baseline are always compiled; AQUABIT_AVX512VNNI and AQUABIT_AVX512 ask for AVX-512 with and without
 // its integer dot products, AQUABIT_AVXVNNI for AVX2 with them, which laptops have; AQUABIT_TILES names the
-// file of what AMX does otherwise than AVX512VNNI. AQUABIT_LEVEL is 4 (AVX-512), 3 (AVX2), 2 (SSE2) or
+// file of what AMX does, where AQUABIT_AMX is defined. AQUABIT_LEVEL is 4 (AVX-512), 3 (AVX2), 2 (SSE2) or
 // 0 (another processor); AQUABIT_VNNI says that there are integer dot products.
 //
 // What is included must call no library code, and what it defines is static: the linker would keep one copy of an
@@ -44,8 +44,10 @@ namespace amx {
 constexpr int kLanes = 16;
 #define AQUABIT_LEVEL 4
 #define AQUABIT_VNNI
+#define AQUABIT_AMX
 #include "simd.h"
 #include AQUABIT_TILES
+#undef AQUABIT_AMX
 #undef AQUABIT_VNNI
 #undef AQUABIT_LEVEL
 }  // namespace amx

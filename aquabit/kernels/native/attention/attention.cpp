@@ -35,6 +35,7 @@ struct Constant {
 #define AQUABIT_AVXVNNI
 #define AQUABIT_AVX512
 #define AQUABIT_EACH_LEVEL "attention/level.h"
+#define AQUABIT_TILES "attention/level.h"
 #include "../foreach_level.h"
 
 using Numbers = std::vector<int64_t>;

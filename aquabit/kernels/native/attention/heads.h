@@ -6,6 +6,12 @@ struct Grid {
     float top, steps, least, zero, unit;
 };
 
+#ifdef AQUABIT_AMX
+constexpr int64_t kProbabilityBytes = kBlock;  // of a row
+#else
+constexpr int64_t kProbabilityBytes = kBlock * 4 / Weighted::per;
+#endif
+
 // Where the parts of a thread's room begin; ``bytes`` is what they take.
 struct Head {
     int64_t key_vectors, keys, q_stride, value_vectors, value_blocks, vector_bytes, block_bytes, scores_stride, bytes = 0;
@@ -30,7 +36,7 @@ struct Head {
         take(&v, value_blocks * block_bytes, room), take(&v_scale, value_blocks * value_vectors * kBytes, room);
         take(&v_total, value_vectors * kBytes, room), take(&scores, a.block * scores_stride * 4, room);
         take(&high, a.block * kBytes, room), take(&low, a.block * kBytes, room), take(&sum, a.block * kBytes, room);
-        take(&probabilities, a.block * kBlock * 4 / Weighted::per, room), take(&out, a.block * value_vectors * kBytes, room);
+        take(&probabilities, a.block * kProbabilityBytes, room), take(&out, a.block * value_vectors * kBytes, room);
         take(&mask, keys * 4, room), take(&grids, a.block * sizeof(Grid), room);
     }
 
@@ -73,6 +79,7 @@ INLINE void pack_queries_whole(const Attention& a, const Rows& q, const Step* st
         }
         const Step& s = steps[first + i];
         const int32_t sum = pack_bytes(wide_row(q, first + i), a.d, s, 0, to);
+        for (int64_t at = whole_vectors(a.d); at < h.byte_stride; ++at) to[at] = 0;  // which tiles read
         h.q_step[i] = s.step * a.scale * kLog2E, h.q_sum[i] = h.q_step[i] * sum, h.q_zero[i] = -h.q_step[i] * s.zero;
     }
 }
@@ -110,6 +117,33 @@ INLINE bool pack_queries(const Attention& a, const Rows& q, int64_t first, int64
     return total_of(zeros) == 0;
 }
 
+#ifdef AQUABIT_AMX
+// As make_scores.
+INLINE void make_tile_scores(int64_t rows, const Head& h) {
+    alignas(64) int32_t sums[kUnit * kMostTiles * kLanes];
+    for (int64_t first = 0; first < h.key_vectors; first += kMostTiles) {
+        const int64_t vectors = smaller_of(kMostTiles, h.key_vectors - first);
+        for (int64_t row = 0; row < rows; row += kUnit) {
+            multiply_bytes(h.q_bytes + row * h.byte_stride, h.byte_stride, h.k_bytes + first * kLanes * h.quads * 4, h.quads * kBytes, h.quads,
+                           vectors, sums);
+            for (int64_t i = row; i < row + kUnit; ++i) {
+                const float *step = h.k_step + first * kLanes, *shift = h.k_shift + first * kLanes, *total = h.k_total + first * kLanes;
+                const int32_t* sum = sums + (i - row) * kMostTiles * kLanes;
+                float* to = h.scores + i * h.scores_stride + first * kLanes;
+                Floats high = load(h.high + i * kLanes), low = load(h.low + i * kLanes);
+                for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
+                    const Floats s = to_floats(load_ints(sum + at)) * h.q_step[i] * load(step + at) + h.q_sum[i] * load(shift + at) +
+                                     h.q_zero[i] * load(total + at);
+                    store(to + at, s);
+                    high = larger(high, s), low = lesser(low, s);
+                }
+                store(h.high + i * kLanes, high), store(h.low + i * kLanes, low);
+            }
+        }
+    }
+}
+#endif
+
 // Scores of a block of queries and all keys, with the least and the largest of each lane.
 INLINE void make_scores(const Attention& a, [[maybe_unused]] bool whole, int64_t rows, const Head& h) {
     for (int64_t i = 0; i < rows * kLanes; i += kLanes) {
@@ -122,7 +156,9 @@ INLINE void make_scores(const Attention& a, [[maybe_unused]] bool whole, int64_t
         store(h.high + i, larger(load(h.high + i), s));
         store(h.low + i, lesser(load(h.low + i), s));
     };
-#ifdef AQUABIT_VNNI
+#ifdef AQUABIT_AMX
+    if (whole) return make_tile_scores(rows, h);
+#elif defined(AQUABIT_VNNI)
     if (whole)
         return in_tiles(h.key_vectors, [&](auto vectors, int64_t first) __attribute__((always_inline)) {
             for (int64_t row = 0; row < rows; row += kRows)
@@ -197,14 +233,16 @@ INLINE Grid grid_of(float high, float low) {
 INLINE void round_row(const Attention& a, int64_t row, int64_t first, int64_t vectors, const Head& h) {
     const Grid g = h.grids[row];
     const float* scores = h.scores + row * h.scores_stride + first;
-    uint8_t* to = h.probabilities + row * kBlock * 4 / Weighted::per;
+    uint8_t* to = h.probabilities + row * kProbabilityBytes;
     const Floats top = splat(g.top), steps = splat(g.steps), lowest = splat(g.least), most = splat(255);
     Floats sum = load(h.sum + row * kLanes), e = {};
     for (int64_t i = 0; i < vectors; ++i) {
         e = exp2_of(load(scores + i * kLanes) - top);
         sum += e;
         const Ints u = nearest(lesser(e * steps - lowest, most));
-#ifdef AQUABIT_VNNI
+#ifdef AQUABIT_AMX
+        *reinterpret_cast<UnalignedQuarterBytes*>(to + i * kLanes) = __builtin_convertvector(u, QuarterBytes);
+#elif defined(AQUABIT_VNNI)
         store_narrowed(reinterpret_cast<int16_t*>(to) + i * kLanes, u);
 #else
         store(reinterpret_cast<float*>(to) + i * kLanes, to_floats(u));
@@ -219,7 +257,21 @@ INLINE void round_row(const Attention& a, int64_t row, int64_t first, int64_t ve
 INLINE void add_values(const Attention& a, int64_t rows, int64_t block, const Head& h) {
     const int64_t first = block * kBlock, vectors = smaller_of(kBlock / kLanes, h.key_vectors - first / kLanes);
     for (int64_t row = 0; row < rows; ++row) round_row(a, row, first, vectors, h);
-    constexpr int64_t row_bytes = kBlock * 4 / Weighted::per;
+#ifdef AQUABIT_AMX
+    alignas(64) int32_t upper[kUnit * kLanes], lower[kUnit * kLanes];
+    for (int64_t at = 0; at < h.value_vectors; ++at) {
+        const Floats scale = load(h.v_scale + (block * h.value_vectors + at) * kLanes);
+        for (int64_t row = 0; row < rows; row += kUnit) {
+            multiply_values(h.probabilities + row * kProbabilityBytes, h.v + block * h.block_bytes + at * h.vector_bytes, vectors * kLanes, upper, lower);
+            for (int64_t r = 0; r < kUnit; ++r) {
+                float* out = h.out + ((row + r) * h.value_vectors + at) * kLanes;
+                const Ints sum = (load_ints(upper + r * kLanes) << 8) + load_ints(lower + r * kLanes);
+                store(out, load(out) + to_floats(sum) * scale);
+            }
+        }
+    }
+#else
+    constexpr int64_t row_bytes = kProbabilityBytes;
     in_tiles(h.value_vectors, [&](auto count, int64_t at) __attribute__((always_inline)) {
         const float* scales = h.v_scale + (block * h.value_vectors + at) * kLanes;
         for (int64_t row = 0; row < rows; row += kRows)
@@ -230,6 +282,7 @@ INLINE void add_values(const Attention& a, int64_t rows, int64_t block, const He
                     store(out, load(out) + sum * load(scales + v * kLanes));
                 });
     });
+#endif
 }
 
 INLINE void write_rows(const Attention& a, const Rows& y, int64_t first, int64_t count, const Head& h) {
@@ -254,7 +307,7 @@ static bool run_blocks(const Attention& a, int64_t head, int64_t first, int64_t 
 #endif
     if ((!whole && !pack_keys(a, of_head(a, a.k, head), h)) || !pack_values(a, of_head(a, a.v, head), h)) return false;
     for (int64_t block = first; block < last; ++block) {
-        const int64_t start = block * a.block, count = smaller_of(a.block, a.n - start), rows = (count + kRows - 1) / kRows * kRows;
+        const int64_t start = block * a.block, count = smaller_of(a.block, a.n - start), rows = (count + kUnit - 1) / kUnit * kUnit;
 #ifdef AQUABIT_VNNI
         if (whole) pack_queries_whole(a, q, a.q_steps + sample * a.n, start, count, rows, h);
 #endif

@@ -11,6 +11,9 @@
 // by 4e-5 (255 * 32767 * kBlock < 2^31).
 
 #include "pieces.h"
+#ifdef AQUABIT_AMX
+#include "amx.h"
+#endif
 #include "pack.h"
 #include "tile.h"
 #include "whole.h"
@@ -27,12 +30,18 @@ static int64_t room_for(const Attention& a) { return Head(a, nullptr).bytes; }
 static bool part(const Attention& a, int64_t first, int64_t last, uint8_t* room) {
     const int64_t blocks = a.blocks();
     bool finite = true;
+#ifdef AQUABIT_AMX
+    _tile_loadconfig(&kShapes);
+#endif
     for (int64_t at = first; at < last && finite;) {
         const int64_t head = at / blocks, end = smaller_of((head + 1) * blocks, last);
         finite = run_blocks(a, head, at - head * blocks, end - head * blocks, room);
         at = end;
     }
+#ifdef AQUABIT_AMX
+    _tile_release();
+#endif
     return finite;
 }
 
-constexpr Level kLevel = {kRows, room_for, part, kStepOf};
+constexpr Level kLevel = {kUnit, room_for, part, kStepOf};

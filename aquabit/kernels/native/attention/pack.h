@@ -62,7 +62,7 @@ INLINE void interleave(const float* rows, int64_t stride, int64_t count, float* 
 
 // kLanes columns from ``column`` on of the keys [first, last): vectors of Weighted::per keys, ``steps`` of them, zeros beyond;
 // what an integer stands for, and the sum of all that stands there.
-INLINE void pack_columns(const Rows& v, int64_t first, int64_t last, int64_t column, int64_t count, int64_t steps, uint8_t* to,
+INLINE void pack_columns(const Rows& v, int64_t first, int64_t last, int64_t column, int64_t count, [[maybe_unused]] int64_t steps, uint8_t* to,
                          float* scale, float* total, Floats* zeros) {
 #ifdef AQUABIT_VNNI
     Floats most = {};
@@ -73,6 +73,18 @@ INLINE void pack_columns(const Rows& v, int64_t first, int64_t last, int64_t col
     }
     const Floats step = most * (1 / 32767.0f), inverse = most > 1e-30f ? 32767.0f / most : Floats{};
     Ints sum = {};
+#ifdef AQUABIT_AMX
+    for (int64_t s = 0; s < whole_tiles(last - first) / 4; ++s) {
+        Ints upper = {}, lower = {};
+        for (int64_t key = first + 4 * s, bits = 0; bits < 32 && key < last; ++key, bits += 8) {
+            const Ints v16 = nearest(read(row_of(v, key), v.narrow, column, count) * inverse);
+            sum += v16;
+            upper |= (Ints)(((Words)v16 >> 8 & 255) << static_cast<uint32_t>(bits)), lower |= (Ints)(((Words)v16 & 255) << static_cast<uint32_t>(bits));
+        }
+        uint8_t* const here = to + s / 16 * 2 * kTileBytes + s % 16 * kBytes;
+        store_ints(here, upper), store_ints(here + kTileBytes, lower);
+    }
+#else
     for (int64_t s = 0; s < steps; ++s) {
         const int64_t key = first + 2 * s;
         Ints one = {}, other = {};
@@ -81,6 +93,7 @@ INLINE void pack_columns(const Rows& v, int64_t first, int64_t last, int64_t col
         sum += one + other;
         store_ints(to + s * kBytes, (one & 0xffff) | (Ints)((Words)other << 16));
     }
+#endif
     store(scale, step);
     store(total, load(total) + to_floats(sum) * step);
 #else

@@ -2,6 +2,11 @@
 
 constexpr int kRows = kLanes == 16 ? 8 : 4;     // of a tile
 constexpr int kVectors = kLanes == 16 ? 3 : 2;  // of a tile
+#ifdef AQUABIT_AMX
+constexpr int kUnit = 16;  // rows that blocks are multiples of
+#else
+constexpr int kUnit = kRows;
+#endif
 constexpr int64_t kBlock = 128;                 // keys whose probabilities are held as integers
 constexpr float kLeast = -125.0f;               // of the exponents: what is below counts as 0
 
