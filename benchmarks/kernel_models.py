@@ -24,6 +24,7 @@ from aquabit.kernels.dispatch import held
 from aquabit.kernels.time_requests import random_weight
 from aquabit.pipelines.loading import BUNDLED
 from aquabit.quant.attention import patch_attention_
+from aquabit.quant.feed_forward import patch_feed_forwards_
 from aquabit.quant.kernel_tuning import Placement, format_for, layers_of, place_
 from aquabit.quant.layers import quant_layer, resident_bytes
 from aquabit.scheme import Progress, Scheme
@@ -173,6 +174,7 @@ class Maker:
             )
             _put(denoiser, name, nn.Parameter(value, requires_grad=False))
         patch_attention_(denoiser)
+        patch_feed_forwards_(denoiser)
         return denoiser.eval().requires_grad_(False)
 
     def _coded(self, key: tuple[str, tuple[int, ...]]) -> CodebookWeight:

@@ -17,6 +17,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends.raw import Run
 from aquabit.kernels.dispatch import backend_for, choices_so_far, observing
 from aquabit.kernels.extension import native as _native
+from aquabit.kernels.functions import Function
 from aquabit.kernels.request import Request
 from aquabit.scheme import Rounding, act_code
 
@@ -81,11 +82,12 @@ class Direct:
         self.weight, self.bias, self.ask, self.act_output = weight, bias, ask, act_output
         self._made: _Made = (None, (), {})
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """What the layer makes of x, or None where that takes the whole way."""
+    def __call__(self, x: Tensor, function: Function | None = None) -> Tensor | None:
+        """What the layer makes of x, or of what ``function`` makes of it; None where that takes the whole
+        way."""
         if not is_plain(x) or observing():
             return None
-        call, bias = self._call_for(x), self.bias
+        call, bias = self._call_for(x, function), self.bias
         if call is None:
             return None
         run, shape, before, after, follows = call
@@ -105,19 +107,24 @@ class Direct:
             after(y.data_ptr())
         return y.contiguous(memory_format=_LAST) if last else y
 
-    def _call_for(self, x: Tensor) -> _Call | None:
+    def _call_for(self, x: Tensor, function: Function | None) -> _Call | None:
         choices, addresses = choices_so_far(), self.weight.addresses
         if self.bias is not None:
             addresses = (*addresses, self.bias.data_ptr())
         made = self._made  # read and replaced as a whole: other threads may call with choices of their own
         if choices is not made[0] or addresses != made[1] or len(made[2]) > SHAPES:
             made = self._made = (choices, addresses, {})
-        key = (x.shape, x.dtype, _threads())
+        threads = _threads()
+        key = (x.shape, x.dtype, threads, function)
         if key not in made[2]:
-            made[2][key] = self._prepared(x, key[2])
+            made[2][key] = self._prepared(x, threads, function)
         return made[2][key]
 
-    def _prepared(self, x: Tensor, threads: int) -> _Call | None:
+    def _prepared(self, x: Tensor, threads: int, function: Function | None) -> _Call | None:
+        if function is not None and function.gated:
+            if x.shape[-1] % 2:
+                return None
+            x = x.chunk(2, -1)[0]  # of the shape that the layer reads
         request = self.ask(x)
         if request is None or not x.numel() or not self._fits(x):
             return None
@@ -141,7 +148,10 @@ class Direct:
             after = lambda y: inside(y, y)  # noqa: E731
         if not wide and (before or after):  # values would be rounded to 16 bits between the steps
             return None
-        return _Call(raw.run, shape, before, after, raw.follows)
+        run: Run | None = raw.run
+        if function is not None:
+            run = None if raw.reading is None or before else raw.reading(function.code)
+        return None if run is None else _Call(run, shape, before, after, raw.follows)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the extension can be given addresses: of what it would read without looking."""

@@ -402,8 +402,10 @@ def finish_(
     """Activations as the configuration says, once every layer has its weight; the static ranges that they
     use."""
     from aquabit.quant.attention import patch_attention_
+    from aquabit.quant.feed_forward import patch_feed_forwards_
 
     patch_attention_(denoiser)
+    patch_feed_forwards_(denoiser)
     attention = {n for n, a in layer_nodes(graph).items() if a.get("attention")}
     ranges = _ranges(config, layers, attention, tensors)
     settings = settings_of(config, layers, attention, ranges)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from aquabit.kernels import rounded_attention
+from aquabit.quant.overlay import overlay_
 from aquabit.scheme import output_rounding
 
 VALUE_PROJECTIONS = ("to_v", "to_qkv", "add_v_proj")
@@ -57,38 +57,12 @@ def patch_attention_(denoiser: nn.Module) -> None:
     """Run every attention module's softmax at 8 bits while one of its V projections has its activations
     quantized to bits."""
     for module in list(denoiser.modules()):
-        kind: Any = type(module)
-        if value_layers(module) and not hasattr(kind, "unrounded"):
-            module.__class__ = _rounding(kind)
-            vars(module).pop("forward", None)  # one of its own would be taken instead
+        if value_layers(module):
+            overlay_(module, _forward)
 
 
-@cache
-def _rounding(plain: Any) -> Any:
-    """A class of attention modules whose softmax is rounded, by the name of its base (``unrounded``). It is a
-    class since torch.compile takes modules of one for alike, and those with a forward of their own for
-    different ones: it would compile each block of a model anew."""
-
-    class Rounding(plain):
-        unrounded = plain
-
-        @wraps(plain.forward)  # diffusers reads the signature
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if all(output_rounding(getattr(v, "act", 16)) == 16 for v in value_layers(self)):
-                return super().forward(*args, **kwargs)
-            with _QuantizedSoftmax():
-                return super().forward(*args, **kwargs)
-
-        def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles find the base by its name
-            return _revived, (plain,), self.__getstate__()
-
-    Rounding.__name__, Rounding.__qualname__ = plain.__name__, plain.__qualname__
-    Rounding.__module__, Rounding.__doc__ = plain.__module__, plain.__doc__
-    return Rounding
-
-
-def _revived(plain: Any) -> nn.Module:
-    """A module without its state."""
-    rounding = _rounding(plain)
-    made: nn.Module = rounding.__new__(rounding)
-    return made
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if all(output_rounding(getattr(v, "act", 16)) == 16 for v in value_layers(self)):
+        return self.plainly(*args, **kwargs)
+    with _QuantizedSoftmax():
+        return self.plainly(*args, **kwargs)

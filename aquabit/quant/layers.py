@@ -20,6 +20,7 @@ from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.direct import Direct
 from aquabit.kernels.dispatch import conv2d_request, device_of, format_held, held, linear_request
+from aquabit.kernels.functions import Function
 from aquabit.kernels.geometry import Geometry, padded
 from aquabit.kernels.registry import numbered
 from aquabit.kernels.request import Request
@@ -80,8 +81,9 @@ class _QuantLayer(nn.Module):
         self.__dict__["_direct"] = None
         super().__setattr__(name, value)
 
-    def _directly(self, x: Tensor) -> Tensor | None:
-        """What the layer makes of x where a kernel serves it by itself, None elsewhere."""
+    def _directly(self, x: Tensor, function: Function | None = None) -> Tensor | None:
+        """What the layer makes of x, or of what ``function`` makes of it, where a kernel serves it by itself;
+        None elsewhere."""
         own = self.__dict__
         codes, bias, direct = own["_parameters"].get("codes"), own["_buffers"].get("bias"), own["_direct"]
         if direct is None or direct.weight.codes is not codes or direct.bias is not bias:
@@ -90,7 +92,7 @@ class _QuantLayer(nn.Module):
                 return None
         if own["branches"]:
             return None
-        y: Tensor | None = direct(x)
+        y: Tensor | None = direct(x, function)
         return y
 
     def _direct_calls(self) -> Direct | None:
@@ -307,6 +309,11 @@ class QuantLinear(_QuantLayer):
         with torch._C.DisableTorchFunction():  # an attention's mode would be asked at each step in here
             y = self._directly(input) if place is None else None
             return self._product(input, place) if y is None else y
+
+    def after(self, function: Function, x: Tensor) -> Tensor | None:
+        """What the layer makes of ``function`` of x, where one kernel does both; None elsewhere."""
+        with torch._C.DisableTorchFunction():
+            return self._directly(x, function)
 
     def _request(self, x: Tensor) -> Request | None:
         weight = self._packed

@@ -26,6 +26,7 @@ from aquabit.quant.calibration.fitting import FitRequest, Fitter
 from aquabit.quant.calibration.full_precision import FullPrecision
 from aquabit.quant.calibration.ranges import RangeTables, Sample
 from aquabit.quant.correction.sampling import Watcher
+from aquabit.quant.feed_forward import patch_feed_forwards_
 from aquabit.quant.finetuning.store import load_tuned
 from aquabit.quant.layer_facts import layer_facts
 from aquabit.quant.layers import QuantConv2d, QuantLinear, Setting, check_layer, replace_layer_
@@ -179,6 +180,7 @@ class QuantizedDenoiser:
             if node["kind"] != "merge":
                 self._replace(name, node, places.get(name, ()))
         patch_attention_(denoiser)
+        patch_feed_forwards_(denoiser)
         denoiser.requires_grad_(False)
 
     def _replace(self, name: str, node: Mapping[str, Any], tied: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from aquabit.activation_bits import OTHERS, Rounding, act_bits, act_code, roundi
 from aquabit.errors import AquabitError
 from aquabit.kernels.arranged import Arranged, arrange, arranges
 from aquabit.kernels.backends.decode_tiles import Decoder, conv_by_tiles, linear_by_tiles, rows_of
-from aquabit.kernels.backends.raw import Raw
+from aquabit.kernels.backends.raw import Raw, Run
 from aquabit.kernels.backends.reference import Accuracy
 from aquabit.kernels.codebook import CodebookWeight
 from aquabit.kernels.extension import native as _native
@@ -244,10 +244,13 @@ def decode_linear_raw(
         return None
     linear, bits = own.native.linear, act if fused else 16
 
-    def run(x: int, y: int, bias: int) -> bool:
-        return _good(linear(x, y, bias, tokens, bits, few, threads, 0, narrow))
+    def reading(function: int) -> Run:
+        def run(x: int, y: int, bias: int) -> bool:
+            return _good(linear(x, y, bias, tokens, bits, few, threads, 0, narrow, function))
 
-    return Raw(run, fused, True)
+        return run
+
+    return Raw(reading(0), fused, True, reading=reading)
 
 
 def decode_conv2d_raw(

@@ -13,9 +13,11 @@ Run: TypeAlias = Callable[
 class Raw(NamedTuple):
     """``run`` reads values in a row and writes such, of float32, or of bfloat16 (the bias too) where it is
     ``narrow``. ``rounds``: it rounds the activations itself. ``follows``: the result of an image in
-    channels_last is so, too."""
+    channels_last is so, too. ``reading`` makes ``run`` of inputs that a function of the code is applied to
+    first."""
 
     run: Run
     rounds: bool
     narrow: bool = False
     follows: bool = False
+    reading: Callable[[int], Run] | None = None

@@ -10,6 +10,7 @@
 // is one of integers where AQUABIT_VNNI has them: columns of V at 16 bits in each block of kBlock keys, which changes results
 // by 4e-5 (255 * 32767 * kBlock < 2^31).
 
+#include "../values.h"
 #include "pieces.h"
 #ifdef AQUABIT_AMX
 #include "amx.h"

@@ -67,14 +67,17 @@ class DecodeWeight {
     DecodeWeight(const DecodeWeight&) = delete;
 
     // x [tokens, in], rounded as ``act`` says (bits, or kSymmetric; 16: off), to y [tokens, out]; ``bias`` [out], or 0. ``narrow``: all three are bfloat16.
+    // ``function`` (0: none) is applied to x before; if it is gated, x is [tokens, 2 in].
     Outcome linear(uintptr_t x, uintptr_t y, uintptr_t bias, int64_t tokens, int64_t act, bool few, int64_t threads, int64_t level,
-                   bool narrow) const {
+                   bool narrow, int64_t function) const {
         if (shape_.size() != 2) throw std::invalid_argument("a weight " + text_of(shape_) + " is no matrix");
         if (few && tokens > kFew) throw std::invalid_argument(std::to_string(tokens) + " tokens are not few");
+        if (function && ((function & ~kGated) < kGelu || (function & ~kGated) > kQuickGelu))
+            throw std::invalid_argument(std::to_string(function) + " is no function");
         const Buffer<float> wide(narrow && bias ? weight_.out : 0);
         const Weight w = with(bias, narrow, level, wide.get());
         const Method method = method_of(w, level, act, threads);
-        return (few ? few_tokens : linear_product)(method, w, {pointer<void>(x), w.cin, narrow}, {pointer<void>(y), w.out, narrow}, tokens);
+        return (few ? few_tokens : linear_product)(method, w, {pointer<void>(x), w.cin, narrow, false, function}, {pointer<void>(y), w.out, narrow}, tokens);
     }
 
     // x of ``sizes`` to y [samples, out, ..] as ``geometry`` says; channels from ``split`` on (0: none) have ranges of their own.
@@ -127,7 +130,7 @@ void define_decode(nb::module_& m) {
     nb::class_<DecodeWeight>(m, "DecodeWeight")
         .def(nb::init<nb::handle>(), "weight"_a)
         .def("linear", &DecodeWeight::linear, "x"_a, "y"_a, "bias"_a, "tokens"_a, "act"_a, "few"_a, "threads"_a, "level"_a,
-             "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
+             "narrow"_a = false, "function"_a = 0, nb::call_guard<nb::gil_scoped_release>())
         .def("conv2d", &DecodeWeight::conv2d, "x"_a, "y"_a, "bias"_a, "sizes"_a, "geometry"_a, "split"_a, "act"_a, "threads"_a, "level"_a,
              "narrow"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("integers", &DecodeWeight::integers)

@@ -224,6 +224,8 @@ static void sum(const Plan& plan, const Activations& a, const uint8_t* ones, boo
 }
 
 #include "../put_tokens.h"
+#include "../values.h"
+#include "activate.h"
 #include "rows.h"
 #include "pack.h"
 #include "few.h"
@@ -234,4 +236,4 @@ constexpr Level kLevel = {
     sum,         fill_codes,     fill_values, decode_row,         token_grid,                 sample_grid,
     pack_tokens, quantize_token, pack_line,   put_tokens,         put_pixels,                 serves_strips,
     cut_strips,  lay_bytes,      lay_floats,  dot_bytes,          dot_floats,                 widen,
-    narrow,      dot_codes,      dot_values};
+    narrow,      dot_codes,      dot_values,  activate};

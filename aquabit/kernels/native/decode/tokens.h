@@ -5,10 +5,23 @@ struct Rows {
     void* values;
     int64_t length;
     bool narrow;
-    bool past = false;  // the caches: what is written is more than they hold
+    bool past = false;     // the caches: what is written is more than they hold
+    int64_t function = 0;  // of what is read; where it is gated, rows are twice as long
+
+    // Values that reading so many rows takes room for.
+    int64_t room(int64_t count) const { return function ? (count + 1) * rounded_up(length, kMostLanes) : narrow ? count * length : 0; }
 
     // Rows [first, first + count) as float32: where they lie, or in ``room``.
     const float* read(const Level& level, int64_t first, int64_t count, float* room) const {
+        if (function) {
+            const int64_t whole = function & kGated ? 2 * length : length;
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t at = (first + i) * whole;
+                const void* row = narrow ? static_cast<const void*>(static_cast<const uint16_t*>(values) + at) : static_cast<const float*>(values) + at;
+                level.activate(row, narrow, length, function, room + i * length);
+            }
+            return room;
+        }
         if (!narrow) return static_cast<const float*>(values) + first * length;
         level.widen(static_cast<const uint16_t*>(values) + first * length, count * length, room);
         return room;
@@ -35,7 +48,7 @@ Outcome linear_product(const Method& m, const Weight& w, const Rows& x, const Ro
     std::vector<Errors> errors(vectors, Errors{0, 0});
     std::vector<char> usable(vectors, 1);
     in_parts(vectors, tokens * w.cin > 32768 ? m.threads : 1, 1, [&](int64_t from, int64_t to, int64_t) {
-        const Buffer<float> room(x.narrow ? lanes * w.cin : 0);
+        const Buffer<float> room(x.room(lanes));
         for (int64_t v = from; v < to; ++v) {
             const int64_t first = v * lanes, count = std::min(lanes, tokens - first);
             const float* rows = x.read(*m.level, first, count, room.get());
@@ -118,7 +131,7 @@ Outcome few_products(const Method& m, const Weight& w, const float* x, float* y,
 
 // Few tokens: x [tokens, in] to y [tokens, out], row by row.
 Outcome few_tokens(const Method& m, const Weight& w, const Rows& inputs, const Rows& results, int64_t tokens) {
-    const Buffer<float> wide(inputs.narrow ? tokens * w.cin : 0), room(results.narrow ? tokens * w.out : 0);
+    const Buffer<float> wide(inputs.room(tokens)), room(results.narrow ? tokens * w.out : 0);
     float* y = results.narrow ? room.get() : static_cast<float*>(results.values);
     const float* x = inputs.read(*m.level, 0, tokens, wide.get());
     Outcome done = {1, 0, 0, 0};

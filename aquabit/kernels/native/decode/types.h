@@ -20,6 +20,8 @@ constexpr int64_t kShortRun = 128;       // inputs of a run up to which a produc
 constexpr int64_t kFarthestZero = 64;   // steps from the zero points' middle up to which float32 takes off the rest: it adds an error of
                                         // at most 1e-5, where codes all have one sign and all but 2 of 320 inputs are zero
 constexpr int64_t kTileSteps = 16;      // of a product of tiles
+// Functions of inputs, which a layer applies as it reads them: of each value, or of what follows the values times these (kGated).
+constexpr int64_t kGelu = 1, kGeluTanh = 2, kSilu = 3, kQuickGelu = 4, kGated = 8;
 constexpr int64_t kLongestRun = 16384;  // of 8 bits times 8 bits: their sums fit 128 times 16 bits
 
 // Codes as whole numbers: a code, or what ``levels`` has for it (16 of them; null: itself), times ``step`` less ``center`` is an integer
@@ -172,6 +174,7 @@ struct Level {
     void (*dot_codes)(const Weight&, int64_t row, const uint8_t* x, const Grid*, const int32_t* sums, int64_t tokens, int8_t* room,
                       float* y, int64_t y_stride);
     void (*dot_values)(const Weight&, int64_t row, const float* x, int64_t tokens, float* room, float* y, int64_t y_stride);
+    void (*activate)(const void* row, bool narrow, int64_t n, int64_t function, float* to);
     // Of tiles (AMX): a thread's state before and after products (else null), steps that pieces are padded to, and what serves other products.
     void (*enter)() = nullptr;
     void (*leave)() = nullptr;
