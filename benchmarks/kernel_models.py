@@ -150,7 +150,8 @@ class Maker:
             )
         return denoiser
 
-    def __call__(self, scheme: str, act: int, dense: bool = False) -> nn.Module:
+    def __call__(self, scheme: str, act: int, dense: bool = False, functions: bool = True) -> nn.Module:
+        """``functions``: feed-forward blocks have theirs applied by kernels."""
         denoiser, rng = self.empty(), torch.Generator().manual_seed(0)
         for name, node in self.nodes:
             layer = quant_layer(denoiser.get_submodule(name), node.get("split"))
@@ -174,7 +175,8 @@ class Maker:
             )
             _put(denoiser, name, nn.Parameter(value, requires_grad=False))
         patch_attention_(denoiser)
-        patch_feed_forwards_(denoiser)
+        if functions:
+            patch_feed_forwards_(denoiser)
         return denoiser.eval().requires_grad_(False)
 
     def _coded(self, key: tuple[str, tuple[int, ...]]) -> CodebookWeight:

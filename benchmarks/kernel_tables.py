@@ -576,6 +576,13 @@ ABOUT = {
             " which rounds it once. One thread, processor time."
         ),
     ),
+    "functions": (
+        "Functions in feed-forward blocks",
+        (
+            "Whole denoisers at usq4 and a8: GELU or GEGLU by torch, which writes float32, and by the kernel"
+            " of the layer behind it, as it reads. One thread, processor time."
+        ),
+    ),
     "compiled": (
         "torch.compile",
         (
@@ -603,6 +610,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "denoiser_peers": denoiser_peers_section,
     "bundled": models_section,
     "sharing": ways_section,
+    "functions": ways_section,
     "compiled": ways_section,
     "roofline": roofline_section,
 }

@@ -1,5 +1,5 @@
-"""Parts ``sharing`` and ``compiled`` of benchmarks/kernels.py: packed models, and the same run another
-way."""
+"""Parts ``sharing``, ``functions`` and ``compiled`` of benchmarks/kernels.py: packed models, and the same
+run another way."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ def sharing(progress: Progress, quick: bool) -> Rows:
         for batch in batches
     ]
     return _rows(cases, ("apart", "joined"), progress, quick)
+
+
+def functions(progress: Progress, quick: bool) -> Rows:
+    """Packed models whose feed-forward blocks leave their function to torch, and the same where the kernel of
+    the second layer applies it; one thread."""
+    sizes = [(n, c, (1, 16)) for n, c in SMALL.items()] + [(n, c, (2,)) for n, c in WHOLE.items()]
+    cases = [
+        (f"{name}, batch {batch}", lambda c=config, b=batch: _functions(c, b))
+        for name, config, batches in sizes[: 1 if quick else None]
+        for batch in batches
+    ]
+    return _rows(cases, ("torch", "kernel"), progress, quick)
 
 
 def compiled(progress: Progress, quick: bool) -> Rows:
@@ -97,6 +109,12 @@ def _models(config: dict[str, Any], batch: int) -> tuple[Callable[[], object], C
     apart, joined = maker(SCHEME, ACT), maker(SCHEME, ACT)
     _join_(joined, maker)
     return call_of(apart, batch, torch.float32), call_of(joined, batch, torch.float32)
+
+
+def _functions(config: dict[str, Any], batch: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    maker = Maker(config)
+    apart, inside = maker(SCHEME, ACT, functions=False), maker(SCHEME, ACT)
+    return call_of(apart, batch, torch.float32), call_of(inside, batch, torch.float32)
 
 
 class _Part(nn.Module):

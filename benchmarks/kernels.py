@@ -16,6 +16,7 @@ denoiser_peers
            stable-diffusion.cpp, which --python has
 bundled    denoisers of the classes and sizes of the bundled ones, 1 and 16 samples, one thread
 sharing    layers that read the same tensor (q, k, v) as they are, and as one product that rounds it once
+functions  whole models whose feed-forward blocks leave GELU and its like to torch, and where kernels apply it
 compiled   a bundled denoiser, packed, as it is and by torch.compile
 roofline   what the machine can do, what each format asks of it, and the share that ``linear`` and ``conv``
            reached (after them)
@@ -247,6 +248,12 @@ def sharing(progress: Progress, quick: bool) -> Rows:
     return run(progress, quick)
 
 
+def functions(progress: Progress, quick: bool) -> Rows:
+    from benchmarks.kernel_ways import functions as run
+
+    return run(progress, quick)
+
+
 def compiled(progress: Progress, quick: bool) -> Rows:
     from benchmarks.kernel_ways import compiled as run
 
@@ -269,6 +276,7 @@ PARTS: dict[str, Callable[..., Rows | Iterator[Rows]]] = {
     "models": models,
     "bundled": bundled,
     "sharing": sharing,
+    "functions": functions,
     "compiled": compiled,
     "roofline": roofline,
     "denoiser_peers": denoiser_peers,  # last: the only one that needs another Python
