@@ -39,7 +39,7 @@ AQUABIT_TARGET_END
 #endif
 
 #ifdef AQUABIT_TILES
-AQUABIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,avx2,fma,bmi,popcnt")
+AQUABIT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16,avx2,fma,bmi,popcnt")
 namespace amx {
 constexpr int kLanes = 16;
 #define AQUABIT_LEVEL 4

@@ -19,15 +19,15 @@ struct Processor {
     bool avxvnni = false;  // besides avx2
     bool avx512 = false;   // f, bw, dq, vl, besides avx2
     bool vnni = false;     // besides avx512
-    bool amx = false;      // tiles of 8 bits, besides vnni; the kernel was asked for them
+    bool amx = false;      // tiles of 8 bits and of bfloat16, besides vnni; the kernel was asked for them
 };
 
 #ifdef AQUABIT_X86
-// Whether tiles of 8 bits are there, and Linux lets this process use them (arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)).
+// Whether tiles of 8 bits and of bfloat16 are there, and Linux lets this process use them (arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)).
 inline bool asks_for_tiles() {
 #if defined(__linux__)
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
     return false;

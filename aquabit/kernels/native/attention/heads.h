@@ -8,14 +8,17 @@ struct Grid {
 
 #ifdef AQUABIT_AMX
 constexpr int64_t kProbabilityBytes = kBlock;  // of a row
+constexpr bool kPairs = true;
 #else
+constexpr bool kPairs = false;
 constexpr int64_t kProbabilityBytes = kBlock * 4 / Weighted::per;
 #endif
 
 // Where the parts of a thread's room begin; ``bytes`` is what they take.
 struct Head {
     int64_t key_vectors, keys, q_stride, value_vectors, value_blocks, vector_bytes, block_bytes, scores_stride, bytes = 0;
-    int64_t quads, byte_stride;  // dwords of the bytes of a row of Q or K, and bytes from row to row
+    bool pairs;                  // Q and K are multiplied as pairs of bfloat16
+    int64_t quads, byte_stride;  // dwords of the bytes, or pairs, of a row of Q or K, and bytes from row to row
     float *k_step, *k_shift, *k_total, *q_step, *q_sum, *q_zero;
     float *q, *k, *key_rows, *v_scale, *v_total, *scores, *high, *low, *sum, *out, *mask;
     uint8_t *v, *probabilities, *q_bytes, *k_bytes, *key_bytes;
@@ -26,9 +29,10 @@ struct Head {
         value_vectors = (a.e + kLanes - 1) / kLanes, value_blocks = (a.m + kBlock - 1) / kBlock;
         vector_bytes = kBlock / Weighted::per * kBytes, block_bytes = value_vectors * vector_bytes;
         scores_stride = keys + kLanes;  // rows of a power of two of bytes would share few sets of a cache
-        quads = (a.d + 3) / 4, byte_stride = 4 * whole_vectors(quads);
-        const bool whole = a.whole;
-        take(&q, a.all_whole ? 0 : a.block * q_stride * 4, room), take(&k, a.all_whole ? 0 : keys * a.d * 4, room);
+        pairs = kPairs && a.q.narrow && a.k.narrow;
+        quads = pairs ? (a.d + 1) / 2 : (a.d + 3) / 4, byte_stride = 4 * whole_vectors(quads);
+        const bool whole = a.whole || pairs, all_whole = a.all_whole || pairs;
+        take(&q, all_whole ? 0 : a.block * q_stride * 4, room), take(&k, all_whole ? 0 : keys * a.d * 4, room);
         take(&key_rows, kLanes * q_stride * 4, room), take(&q_bytes, whole ? a.block * byte_stride : 0, room);
         take(&k_bytes, whole ? keys * quads * 4 : 0, room), take(&key_bytes, kLanes * byte_stride, room);
         for (float** each : {&k_step, &k_shift, &k_total}) take(each, whole ? keys * 4 : 0, room);
@@ -118,22 +122,53 @@ INLINE bool pack_queries(const Attention& a, const Rows& q, int64_t first, int64
 }
 
 #ifdef AQUABIT_AMX
+// A row of bfloat16 as it is, with zeros up to whole vectors of dwords.
+INLINE void pack_pairs(const void* row, int64_t d, int64_t bytes, uint8_t* to, Floats* zeros) {
+    for (int64_t i = 0; i < d; i += kLanes) note(read(row, true, i, d), zeros);
+    __builtin_memcpy(to, row, 2 * d);
+    __builtin_memset(to + 2 * d, 0, bytes - 2 * d);
+}
+
+INLINE bool pack_keys_pairs(const Attention& a, const Rows& k, const Head& h) {
+    Floats zeros = {};
+    for (int64_t first = 0; first < a.m; first += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane)
+            pack_pairs(row_of(k, smaller_of(first + lane, a.m - 1)), a.d, h.byte_stride, h.key_bytes + lane * h.byte_stride, &zeros);
+        interleave(reinterpret_cast<const float*>(h.key_bytes), h.byte_stride / 4, h.quads,
+                   reinterpret_cast<float*>(h.k_bytes + first * h.quads * 4));
+    }
+    return total_of(zeros) == 0;
+}
+
+INLINE bool pack_queries_pairs(const Attention& a, const Rows& q, int64_t first, int64_t count, int64_t rows, const Head& h) {
+    Floats zeros = {};
+    for (int64_t i = 0; i < count; ++i) pack_pairs(row_of(q, first + i), a.d, h.byte_stride, h.q_bytes + i * h.byte_stride, &zeros);
+    __builtin_memset(h.q_bytes + count * h.byte_stride, 0, (rows - count) * h.byte_stride);
+    return total_of(zeros) == 0;
+}
+
 // As make_scores.
-INLINE void make_tile_scores(int64_t rows, const Head& h) {
+template <bool pairs>
+INLINE void make_tile_scores(const Attention& a, int64_t rows, const Head& h) {
     alignas(64) int32_t sums[kUnit * kMostTiles * kLanes];
+    const float factor = a.scale * kLog2E;
     for (int64_t first = 0; first < h.key_vectors; first += kMostTiles) {
         const int64_t vectors = smaller_of(kMostTiles, h.key_vectors - first);
         for (int64_t row = 0; row < rows; row += kUnit) {
-            multiply_bytes(h.q_bytes + row * h.byte_stride, h.byte_stride, h.k_bytes + first * kLanes * h.quads * 4, h.quads * kBytes, h.quads,
-                           vectors, sums);
+            Products<pairs>::multiply(h.q_bytes + row * h.byte_stride, h.byte_stride, h.k_bytes + first * kLanes * h.quads * 4,
+                                      h.quads * kBytes, h.quads, vectors, sums);
             for (int64_t i = row; i < row + kUnit; ++i) {
                 const float *step = h.k_step + first * kLanes, *shift = h.k_shift + first * kLanes, *total = h.k_total + first * kLanes;
                 const int32_t* sum = sums + (i - row) * kMostTiles * kLanes;
                 float* to = h.scores + i * h.scores_stride + first * kLanes;
                 Floats high = load(h.high + i * kLanes), low = load(h.low + i * kLanes);
                 for (int64_t at = 0; at < vectors * kLanes; at += kLanes) {
-                    const Floats s = to_floats(load_ints(sum + at)) * h.q_step[i] * load(step + at) + h.q_sum[i] * load(shift + at) +
-                                     h.q_zero[i] * load(total + at);
+                    Floats s;
+                    if constexpr (pairs)
+                        s = (Floats)load_ints(sum + at) * factor;
+                    else
+                        s = to_floats(load_ints(sum + at)) * h.q_step[i] * load(step + at) + h.q_sum[i] * load(shift + at) +
+                            h.q_zero[i] * load(total + at);
                     store(to + at, s);
                     high = larger(high, s), low = lesser(low, s);
                 }
@@ -157,7 +192,8 @@ INLINE void make_scores(const Attention& a, [[maybe_unused]] bool whole, int64_t
         store(h.low + i, lesser(load(h.low + i), s));
     };
 #ifdef AQUABIT_AMX
-    if (whole) return make_tile_scores(rows, h);
+    if (h.pairs) return make_tile_scores<true>(a, rows, h);
+    if (whole) return make_tile_scores<false>(a, rows, h);
 #elif defined(AQUABIT_VNNI)
     if (whole)
         return in_tiles(h.key_vectors, [&](auto vectors, int64_t first) __attribute__((always_inline)) {
@@ -305,13 +341,28 @@ static bool run_blocks(const Attention& a, int64_t head, int64_t first, int64_t 
 #ifdef AQUABIT_VNNI
     if (whole) pack_keys_whole(a, of_head(a, a.k, head), a.k_steps + sample * a.m, h);
 #endif
-    if ((!whole && !pack_keys(a, of_head(a, a.k, head), h)) || !pack_values(a, of_head(a, a.v, head), h)) return false;
+    bool finite = true;
+#ifdef AQUABIT_AMX
+    if (h.pairs)
+        finite = pack_keys_pairs(a, of_head(a, a.k, head), h);
+    else
+#endif
+        if (!whole)
+        finite = pack_keys(a, of_head(a, a.k, head), h);
+    if (!finite || !pack_values(a, of_head(a, a.v, head), h)) return false;
     for (int64_t block = first; block < last; ++block) {
         const int64_t start = block * a.block, count = smaller_of(a.block, a.n - start), rows = (count + kUnit - 1) / kUnit * kUnit;
 #ifdef AQUABIT_VNNI
         if (whole) pack_queries_whole(a, q, a.q_steps + sample * a.n, start, count, rows, h);
 #endif
-        if (!whole && !pack_queries(a, q, start, count, rows, h)) return false;
+#ifdef AQUABIT_AMX
+        if (h.pairs)
+            finite = pack_queries_pairs(a, q, start, count, rows, h);
+        else
+#endif
+            if (!whole)
+            finite = pack_queries(a, q, start, count, rows, h);
+        if (!finite) return false;
         make_scores(a, whole, rows, h);
         if (a.mask.kind != MaskKind::none)
             for (int64_t i = 0; i < count; ++i) add_mask(a, head, start + i, i, h);

@@ -6,7 +6,8 @@
 //
 // Scores are float32, of integers where Q and K are on grids of 8 or 6 bits for each token (as layers round them) and AQUABIT_VNNI has
 // their products: these are exact. Otherwise a relative error of 1e-4 of theirs, which integers of 16 bits have, would move 0.3 % of the
-// probabilities to the next point, and that changes results by 1.5e-3 of their norm; float32 leaves 1e-4. The other product
+// probabilities to the next point, and that changes results by 1.5e-3 of their norm; float32 leaves 1e-4. Tiles multiply Q and K that
+// are bfloat16 as they are, which is exact but for the order of float32 sums. The other product
 // is one of integers where AQUABIT_VNNI has them: columns of V at 16 bits in each block of kBlock keys, which changes results
 // by 4e-5 (255 * 32767 * kBlock < 2^31).
 
