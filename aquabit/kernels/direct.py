@@ -2,8 +2,8 @@
 of the input and the threads is looked up once. Then a call is a few tests, an output, and one call of the
 extension.
 
-Only where nothing else has a say: what is traced, mapped, differentiated, observed or laid out otherwise goes
-through ``codebook_linear`` or ``codebook_conv2d``, and so does what no kernel serves directly."""
+Only where nothing else has a say: what is traced, mapped, differentiated or laid out otherwise goes through
+``codebook_linear`` or ``codebook_conv2d``, and so does what no kernel serves directly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aquabit.kernels.arranged import Arranged
 from aquabit.kernels.backends.raw import Run
-from aquabit.kernels.dispatch import backend_for, choices_so_far, observing
+from aquabit.kernels.dispatch import backend_for, choices_so_far, observer
 from aquabit.kernels.extension import native as _native
 from aquabit.kernels.functions import Function
 from aquabit.kernels.request import Request
@@ -55,13 +55,16 @@ def is_plain(x: Tensor) -> bool:
 
 class _Call(NamedTuple):
     """For inputs of one shape: the kernel, the shape of the result, and what rounds the input before
-    (addresses of both) and the result after it (its address)."""
+    (addresses of both) and the result after it (its address); the request that it serves, and which
+    backend's it is."""
 
     run: Run
     shape: tuple[int, ...]
     before: Callable[[int, int], object] | None
     after: Callable[[int], object] | None
     follows: bool  # whether it lies as the input does, channels last
+    request: Request
+    backend: str
 
 
 _Made: TypeAlias = tuple[object, tuple[int, ...], dict[Any, _Call | None]]  # choices, addresses, calls
@@ -85,12 +88,12 @@ class Direct:
     def __call__(self, x: Tensor, function: Function | None = None) -> Tensor | None:
         """What the layer makes of x, or of what ``function`` makes of it; None where that takes the whole
         way."""
-        if not is_plain(x) or observing():
+        if not is_plain(x):
             return None
         call, bias = self._call_for(x, function), self.bias
         if call is None:
             return None
-        run, shape, before, after, follows = call
+        run, shape, before, after, follows, request, backend = call
         last = False
         if not x.is_contiguous():
             last = follows and x.is_contiguous(memory_format=_LAST)
@@ -105,6 +108,9 @@ class Direct:
             return None
         if after is not None:
             after(y.data_ptr())
+        seen = observer()
+        if seen is not None:
+            seen(self.weight, request, backend)
         return y.contiguous(memory_format=_LAST) if last else y
 
     def _call_for(self, x: Tensor, function: Function | None) -> _Call | None:
@@ -151,7 +157,9 @@ class Direct:
         run: Run | None = raw.run
         if function is not None:
             run = None if raw.reading is None or before else raw.reading(function.code)
-        return None if run is None else _Call(run, shape, before, after, raw.follows)
+        if run is None:
+            return None
+        return _Call(run, shape, before, after, raw.follows, request, backend.name)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the extension can be given addresses: of what it would read without looking."""

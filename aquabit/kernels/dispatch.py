@@ -142,9 +142,9 @@ def backend_for(request: Request) -> Backend:
     return _choices.get()(request, None)
 
 
-def observing() -> bool:
-    """Whether someone is told of each call."""
-    return _seen.get() is not None
+def observer() -> Seen | None:
+    """Who is told of each call."""
+    return _seen.get()
 
 
 @contextmanager
@@ -371,7 +371,7 @@ def _of(x: Tensor, dense: bool) -> tuple[str, str, int, bool, bool]:
 
 def _chosen(weight: Weight, request: Request, backend: str | None, size: int) -> Backend:
     found = _choices.get()(request, backend)
-    seen = _seen.get()
+    seen = observer()
     if seen is not None:
         seen(weight, request, found.name)
     return found if size else backend_named("reference")  # nothing to multiply

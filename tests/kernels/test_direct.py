@@ -147,12 +147,17 @@ def test_only_plain_tensors_are_plain() -> None:
     assert seen == [False, False, False]
 
 
-def test_what_is_observed_takes_the_whole_way(prepared: list[Request]) -> None:
+def test_observers_are_told_of_the_same_call(prepared: list[Request]) -> None:
     weight, x = arranged("usq4", (8, 16)), inputs(2, 16)
+    told: list[Any] = []
     call = Direct(weight, None, lambda x: linear_request(x, format_held(weight), "fast", 8))
-    with observed(lambda *_: None):
-        assert call(x) is None
-    assert call(x) is not None
+    with observed(lambda *of: told.append(of)):
+        y = call(x)
+        assert torch.equal(y, codebook_linear(x, weight, act=8))
+    assert len(told) == 2 and told[0] == told[1] and told[0][0] is weight
+    assert torch.equal(call(x), y) and len(told) == 2
+    with observed(lambda *of: told.append(of)):
+        assert call(torch.full((20, 16), torch.nan)) is None and len(told) == 2  # the whole way tells
 
 
 def test_calls_are_prepared_once_for_a_shape_type_and_number_of_threads(prepared: list[Request]) -> None:
