@@ -156,8 +156,13 @@ def test_observers_are_told_of_the_same_call(prepared: list[Request]) -> None:
         assert torch.equal(y, codebook_linear(x, weight, act=8))
     assert len(told) == 2 and told[0] == told[1] and told[0][0] is weight
     assert torch.equal(call(x), y) and len(told) == 2
+    far, call = (
+        inputs(20, 16),
+        Direct(weight, None, lambda x: linear_request(x, format_held(weight), "fast", 16)),
+    )
+    far[:, 0] = 1e31  # no integers stand for it
     with observed(lambda *of: told.append(of)):
-        assert call(torch.full((20, 16), torch.nan)) is None and len(told) == 2  # the whole way tells
+        assert call(far) is None and len(told) == 2  # the whole way tells
 
 
 def test_calls_are_prepared_once_for_a_shape_type_and_number_of_threads(prepared: list[Request]) -> None:
