@@ -15,7 +15,7 @@ JOBS ?= 2
 TERRAIN := adaptive-terrain-diffusion==0.4.2
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
-SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode backends/test_grouped backends/test_native_weights test_arranged test_fake_quant test_attention test_direct test_additive_search test_scalar_search)
+SANITIZED_TESTS ?= $(addprefix kernels/,backends/test_lut backends/test_decode backends/test_grouped backends/test_native_weights test_arranged test_fake_quant test_functions test_attention test_direct test_additive_search test_scalar_search)
 BUILD_TOOLS ?= $(SANITIZED)/tools
 PIP_FLAGS := --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
