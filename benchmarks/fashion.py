@@ -6,6 +6,7 @@ effects      the ranking by damages beside real swaps (usq4h to usq2h) of every 
 correction   PTQD's corrections of noise
 steps        activation bits by step at equal BOPs
 finetune     uniform usq2h, layer-wise and tuned
+seconds      one measurement of 128 images, 10 steps, on one thread, packed and with decoded weights
 table        benchmarks/results/fashion.json and fashion.md, where what is not measured anew keeps its rows
 
 The same functions as on the digits (rivals.py, effects.py, correction.py, step_bits.py), with fewer images.
@@ -15,6 +16,7 @@ It continues where it stopped.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +25,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from aquabit.kernels.backends.decode import decode_levels
 from benchmarks.common import (
     RESULTS,
     about,
     difference,
+    machine,
     mean,
     measured_blocks,
     open_study,
@@ -47,6 +51,7 @@ FRESH = range(511, 516)  # blocks of seeds that nothing else uses
 IMAGES = 64  # a block
 CONTEXTS, CONTEXT_IMAGES, FIRST_CONTEXT = 2, 32, 521
 TUNING_STEPS = 250
+TIMED, TIMED_IMAGES = ("usq4", "usq3", "usq2"), 128
 BITS, SWAP = 3.0, "usq4h:usq2h"  # of the effects
 Rows = list[dict[str, Any]]
 
@@ -204,12 +209,34 @@ def finetune(folder: Path, model: str) -> Rows:
         return [{**row, "seconds": tuned["seconds"]} for row in rows]
 
 
+def seconds(folder: Path, model: str) -> dict[str, Any]:
+    """Seconds of a measurement once its weights are fitted and full precision's images are there: the median
+    of configurations."""
+    space = {"schemes": list(TIMED), "levels": [], "activations": [8]}
+    found: dict[str, Any] = {"processor": f"{machine()['cpu']} ({next(iter(decode_levels()), 'reference')})"}
+    with open_study(folder / f"seconds-{model}.db", model, folder / "bank", space, 1) as session:
+        protocol = replace(session.protocol, images=TIMED_IMAGES)
+        session.here.measure(session.space.uniform(TIMED[0], 8), protocol)
+        for way in ("packed", "decoded"):
+            took = []
+            for scheme in TIMED:
+                config = session.space.uniform(scheme, 8)
+                session.here.measure(config, replace(protocol, images=8), packed=way == "packed")
+                begin = time.perf_counter()
+                session.here.measure(config, protocol, packed=way == "packed")
+                took.append(time.perf_counter() - begin)
+            found[way] = sorted(took)[len(took) // 2]
+    print(model, found, flush=True)
+    return found
+
+
 PARTS: dict[str, Callable[[Path, str], Any]] = {
     "rivals": rivals,
     "effects": effects,
     "correction": correction,
     "steps": steps,
     "finetune": finetune,
+    "seconds": seconds,
 }
 
 
@@ -267,7 +294,7 @@ def pair_table(found: Mapping[str, Rows], keys: Mapping[str, str]) -> list[str]:
 
 def sections(found: dict[str, Any]) -> dict[str, list[str]]:
     """Part -> its heading, what is to be said, and its table."""
-    seconds = [f"{m} {rows[-1]['seconds']:.0f} s" for m, rows in found["finetune"].items()]
+    took = [f"{m} {rows[-1]['seconds']:.0f} s" for m, rows in found["finetune"].items()]
     return {
         "rivals": [
             "## What methods choose from the same fitted weights",
@@ -299,8 +326,20 @@ def sections(found: dict[str, Any]) -> dict[str, list[str]]:
         ],
         "finetune": [
             "## Fine-tuning",
-            f"Uniform `usq2h`, a8, {TUNING_STEPS} steps ({', '.join(seconds)} on one thread, shared cores).",
+            f"Uniform `usq2h`, a8, {TUNING_STEPS} steps ({', '.join(took)} on one thread, shared cores).",
             *pair_table(found["finetune"], {}),
+        ],
+        "seconds": [
+            "## Seconds of a measurement",
+            f"One configuration (everything at {', '.join(f'`{s}`' for s in TIMED)}, a8; the median),"
+            f" {TIMED_IMAGES} images, 10 steps, one thread; weights fitted and full precision's images made"
+            " before.",
+            "| model | processor | packed | decoded |",
+            "|---|---|---|---|",
+            *(
+                f"| `{m}` | {row['processor']} | {row['packed']:.1f} s | {row['decoded']:.1f} s |"
+                for m, row in found.get("seconds", {}).items()
+            ),
         ],
     }
 
@@ -315,7 +354,7 @@ def text(found: dict[str, Any]) -> str:
         " within a table alone.",
     ]
     for part, (heading, said, *table) in sections(found).items():
-        if found[part]:
+        if found.get(part):
             lines += ["", heading, "", *([said, ""] if said else []), *table]
     return "\n".join(lines) + "\n"
 
