@@ -1,7 +1,7 @@
-// Products by tiles (AMX) of 16 rows, 16 columns and 64 values of 8 bits, the same sums as without them: part of level.h.
+// Products by tiles (AMX) of 16 rows, 16 columns and 64 values of 8 bits, for bytes the same sums as without them: part of level.h.
 //
-// Scores are those of bytes as they are, and those of Q and K in bfloat16 of pairs of values, whose sums are float32. Values of 16 bits are 256 times their upper byte, signed, and their lower one, unsigned: of
-// each vector of columns and each 64 keys of a block two tiles, the upper bytes first.
+// Scores are those of bytes as they are, or of pairs of bfloat16, whose sums are float32. Values of 16 bits are 256 times their upper byte,
+// signed, and their lower one, unsigned: of each vector of columns and each 64 keys of a block two tiles, the upper bytes first.
 constexpr int64_t kTileKeys = 64, kTileBytes = 16 * kBytes;
 constexpr int kMostTiles = 4;  // of columns at once
 
