@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import ceil
 from typing import Any, Literal
 
 from aquabit.errors import AquabitError
@@ -121,7 +122,7 @@ class Protocol:
     resolution: int | None = None
     # prompts or class labels, repeated in order; None: the model's own
     conditions: tuple[str | int, ...] | None = None
-    micro_batch: int = 64  # the last one padded, so that images do not depend on the number of images
+    micro_batch: int = 64  # images that are made together; the last ones padded to as many
     objective: str = "fid"
     reference: str = "bundled"  # digest or name of the real images
     dtype: str = "float32"
@@ -157,6 +158,12 @@ class Protocol:
     def sign(self, metric: str | None = None) -> float:
         """What values are multiplied by so that larger = worse."""
         return 1.0 if self.direction(metric) == "min" else -1.0
+
+    def evened(self) -> Protocol:
+        """The same images in as few micro-batches, which are no larger and of one size: of 8 images in
+        micro-batches of 64, one of 8; of 100, two of 50. What is padded costs as much as an image."""
+        calls = ceil(self.images / self.micro_batch)
+        return replace(self, micro_batch=ceil(self.images / calls))
 
     def block(self, index: int) -> Protocol:
         """The same protocol on the ``index``-th block of fresh seeds (index 0 = this protocol itself)."""

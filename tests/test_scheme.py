@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -130,6 +131,19 @@ def test_protocol_digest_ignores_only_the_objective() -> None:
     assert Protocol.from_dict(json.loads(json.dumps(base.to_dict()))) == base
     with pytest.raises(AquabitError, match="images is 0"):
         Protocol(images=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "micro_batch", "evened"),
+    [(128, 64, 64), (8, 64, 8), (100, 64, 50), (65, 64, 33), (6, 4, 3), (7, 3, 3), (5, 1, 1)],
+)
+def test_evened_micro_batches_are_as_few_and_hardly_padded(
+    images: int, micro_batch: int, evened: int
+) -> None:
+    given = Protocol(images=images, micro_batch=micro_batch)
+    found = given.evened()
+    assert found == replace(given, micro_batch=evened)
+    assert -(-images // evened) == -(-images // micro_batch) and found.evened() == found
 
 
 def test_budget_and_swap_and_direction() -> None:

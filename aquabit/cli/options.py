@@ -92,7 +92,8 @@ Images = Annotated[int, typer.Option("--images", min=2, help="Images per configu
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 Scheduler = Annotated[str, typer.Option("--scheduler", help=f"{', '.join(('default', *SCHEDULERS))}.")]
 MicroBatch = Annotated[
-    int, typer.Option("--micro-batch", min=1, help="Images that are made together; fewer take less memory.")
+    int,
+    typer.Option("--micro-batch", min=1, help="Most images that are made together; fewer take less memory."),
 ]
 Eta = Annotated[float, typer.Option("--eta", help="DDIM's noise: 0 is deterministic.")]
 Seed = Annotated[

@@ -56,6 +56,7 @@ def settings(
     progress: Progress = no_progress,
 ) -> tuple[Protocol, SearchSpace]:
     """The protocol and the space to measure with; ``dtype`` is that of a protocol which is no study's own.
+    Micro-batches are evened (``Protocol.evened``), but where a study was begun with the very same ones.
     Raises AquabitError for what cannot be measured, and for what does not go together."""
     if study is not None and options.protocol is None and "protocol" in study:
         protocol = study.protocol
@@ -63,6 +64,8 @@ def settings(
     else:
         given = replace(options.protocol or Protocol(), dtype=dtype)
         protocol = protocol_for(model, given, meter, progress)
+        if study is None or "protocol" not in study or study.protocol.digest != protocol.digest:
+            protocol = protocol.evened()
     begun = study is not None and "space" in study and study.get("fingerprint") == model.fingerprint
     asked = dict(options.space or {})
     target = asked.pop("target", None)

@@ -133,7 +133,7 @@ class Units:
     fits: Mapping[Scheme, FitCost]
     memory: int | None
 
-    def measurements(self, count: float, calls: int, corrected: bool = False) -> float:
+    def measurements(self, count: float, calls: float, corrected: bool = False) -> float:
         """Seconds of one worker, each of so many calls (and as many of full precision where it is
         corrected)."""
         return count * calls * (1 + corrected) * self.call * MEASURING
@@ -243,11 +243,15 @@ class Planner:
         costs.check(Budget(bits=bits), self.space.closest_act)
         named_swap(self.space, swap)
 
-    def _runs(self, protocol: Protocol) -> tuple[int, int]:
-        """Steps of a protocol that run, and calls of the denoiser that its images take."""
+    def _evened(self, protocol: Protocol | None) -> Protocol:
+        return self.protocol if protocol is None or protocol == self.protocol else protocol.evened()
+
+    def _runs(self, protocol: Protocol) -> tuple[int, float]:
+        """Steps of a protocol that run, and how many ``Units.call`` its images take."""
         adapter, pipe = self.evaluator.adapter, self.evaluator.pipe
+        share = 1.0 if adapter.alone(protocol) else protocol.micro_batch / self.protocol.micro_batch
         with scheduled(pipe, self.evaluator.scheduler, protocol.scheduler):
-            return protocol.steps - adapter.first_step(protocol), adapter.calls(protocol)
+            return protocol.steps - adapter.first_step(protocol), adapter.calls(protocol) * share
 
     def _absent(self, space: SearchSpace) -> list[tuple[str, Scheme]]:
         """Fits that the bank lacks."""
@@ -264,7 +268,7 @@ class Planner:
         contexts: int = 0,
     ) -> Plan:
         """What ``measure`` does with these, or with the protocol and space that the planner was made for."""
-        given, made, study = protocol or self.protocol, space or self.space, self.study
+        given, made, study = self._evened(protocol), space or self.space, self.study
         steps, calls = self._runs(given)
         chosen, workers, units = Design.parse(sample.design), self.where.workers, self.units
         first = {c.digest for c in (made.full_precision(), *uniform_references(made))}
@@ -289,8 +293,8 @@ class Planner:
         timed = [(shape, scheme) for shape, scheme in shapes if scheme in units.fits]
         fitting = sum(share[s.additive] * units.fits[s].seconds(shape) for shape, s in timed)
         if any(scheme.calibrated for _, scheme in absent) and made.calibration is not None:
-            recorded = made.calibration.protocol(given.micro_batch)
-            batch = 1 if self.evaluator.adapter.alone(recorded) else given.micro_batch
+            recorded = made.calibration.protocol(self.protocol.micro_batch)
+            batch = 1 if self.evaluator.adapter.alone(recorded) else recorded.micro_batch
             runs = recorded.images * self._runs(recorded)[0] / batch
             fitting += CALIBRATING * runs * units.call
         inside = _in_context(contexts, sample.samples, len(made.choices)) if contexts else 0.0
@@ -322,7 +326,7 @@ class Planner:
         fits: str = ALL,
     ) -> RunPlan:
         """What the whole flow does with these."""
-        given, made = protocol or self.protocol, space or self.space
+        given, made = self._evened(protocol), space or self.space
         steps, calls = self._runs(given)
         measuring, workers, layers = (
             self.measuring(sample, given, made, fits),

@@ -101,6 +101,32 @@ def test_workers_give_the_same_numbers_and_shards_join(tmp_path, dit) -> None:
             shard_of([], bad)
 
 
+def test_few_images_are_not_padded_and_a_study_begun_with_padding_goes_on(tmp_path, dit, monkeypatch) -> None:
+    given = Protocol(images=3, steps=1, objective="mse")
+    assert given.micro_batch == 64
+    made = partial(measure, dit, space=SPACE, protocol=given, bank=str(tmp_path / "bank"))
+    sizes = set[int]()
+    dit.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.add(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    study = Study(tmp_path / "new.db")
+    assert made(study, 0) > 0 and study.protocol.micro_batch == 3
+    assert 64 not in sizes and 3 in sizes
+    assert made(study, 0) == 0
+    monkeypatch.setattr(Protocol, "evened", lambda self: self)
+    before = Study(tmp_path / "old.db")
+    count = made(before, 0)
+    assert count > 0 and before.protocol.micro_batch == 64
+    monkeypatch.undo()
+    assert made(before, 0) == 0, "what was measured with padding is known"
+    assert made(before, 1) == 1 and list(before.protocols()) == [before.protocol.digest]
+    assert 64 in sizes
+    new, old = (s.measurements().set_index("config")["mse"] for s in (study, before))
+    assert new.to_dict() == pytest.approx(old[new.index].to_dict(), rel=0.02), (
+        "the same images, but for rounding"
+    )
+
+
 def test_workers_are_gone_when_the_parent_is_gone_and_replaced_when_they_die(tmp_path, dit) -> None:
     dit.save_pretrained(tmp_path / "pipe")
     model = open_model(str(tmp_path / "pipe"))
