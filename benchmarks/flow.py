@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.common import MODELS, RESULTS, about, parser, read, write_results
+from benchmarks.common import MODELS, RESULTS, about, machine, parser, read, write_results
 
 WEIGHT_ONLY = (
     "usq2",
@@ -362,9 +362,13 @@ def _fresh_reference(study: Any) -> float:
 
 
 def markdown(found: dict[str, Any]) -> str:
+    machines: dict[str, list[str]] = {}  # what was run on each
+    for part, of in sorted(found["machines"].items()):
+        machines.setdefault(about(of), []).append(part)
+    told = "; ".join(f"{', '.join(parts)} on {name}" for name, parts in machines.items())
     lines = [
-        f"# The whole flow\n\n{about(found['machine'])}. Made by `{found['command']}` (each part also runs"
-        " alone, by its name).\n"
+        f"# The whole flow\n\nMade by `{found['command']}` (each part also runs alone, by its name):"
+        f" {told}.\n"
     ]
     if "overhead" in found:
         lines.append(
@@ -454,9 +458,10 @@ def main() -> None:
     arguments.add_argument("--models", nargs="*", default=list(MODELS))
     options = arguments.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    found = read(RESULTS / "flow.json")
+    found = {"machines": {}, **read(RESULTS / "flow.json")}
     for name in parts if options.part == "all" else [options.part]:
         found[name] = parts[name](options.folder, options.models)
+        found["machines"] = {**found["machines"], name: machine()}
         write_results("flow", "python benchmarks/flow.py all", found, markdown)
         print(json.dumps(found[name], indent=1), file=sys.stderr)
     print((RESULTS / "flow.md").read_text())
