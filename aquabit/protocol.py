@@ -91,9 +91,10 @@ class Calibration:
         return Calibration(**{k: getattr(protocol, k) for k in kept})
 
     def protocol(self, micro_batch: int) -> Protocol:
-        """As a protocol, to make images by."""
+        """As a protocol, to make images by in even batches of at most ``micro_batch``: what is padded would
+        be calibrated on twice."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Protocol(**own, micro_batch=micro_batch)
+        return Protocol(**own, micro_batch=micro_batch).evened()
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from aquabit.scheme import (
     ROUNDINGS,
     AquabitError,
     Budget,
+    Calibration,
     LayerChoice,
     Protocol,
     QuantConfig,
@@ -144,6 +145,7 @@ def test_evened_micro_batches_are_as_few_and_hardly_padded(
     found = given.evened()
     assert found == replace(given, micro_batch=evened)
     assert -(-images // evened) == -(-images // micro_batch) and found.evened() == found
+    assert Calibration(images=images).protocol(micro_batch).micro_batch == evened
 
 
 def test_budget_and_swap_and_direction() -> None:

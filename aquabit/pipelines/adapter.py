@@ -267,7 +267,7 @@ def noise_statistics(
     ``model`` wraps the pipeline's denoiser, in dense mode; it is left as ``config`` says.
     """
     plain = replace(config, correction=None)
-    batch = min(image_batch(pipe, calibration, CALIBRATION_BATCH), calibration.images)
+    batch = image_batch(pipe, calibration, CALIBRATION_BATCH)
     protocol, adapter = calibration.protocol(batch), adapter_of(pipe)
     with scheduled(pipe, scheduler_of(pipe), calibration.scheduler):
         runs = [
